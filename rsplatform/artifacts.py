@@ -1,0 +1,241 @@
+"""Artifacts: `{root}/{kind}/{name}/{version}`, trusted only once their manifest stands.
+
+The manifest is written last and atomically: config, inputs with fingerprints, counts with drops by reason, git
+sha, package versions, MLflow run id, checksums. A folder without one is unfinished: it is resumed by the same
+recipe and refused for another. This module moves no pixels and knows no stage.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from rsplatform import storage
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.json"
+# Above this size a checksum would read the data again; the size is recorded instead.
+CHECKSUM_LIMIT_BYTES = 256 * 2**20
+PACKAGES = (
+    "torch",
+    "ray",
+    "deepspeed",
+    "mlflow",
+    "pylance",
+    "lancedb",
+    "pyarrow",
+    "rasterio",
+    "pydantic",
+    "numpy",
+)
+
+
+class ArtifactError(ValueError):
+    """An artifact that is missing, unfinished, damaged or made by another recipe."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The address of an artifact: `ref` is kind/name/version below `root`."""
+
+    root: str
+    ref: str
+
+    @property
+    def uri(self) -> str:
+        """Folder of the artifact."""
+        return f"{self.root.rstrip('/')}/{self.ref}"
+
+    def path(self, relative: str) -> str:
+        """URI of a file inside the artifact."""
+        return f"{self.uri}/{relative}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the manifest stands."""
+        return storage.exists(self.path(MANIFEST))
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; ArtifactError if the artifact is missing or unfinished."""
+        if not self.is_finished:
+            state = "is unfinished (no manifest)" if storage.exists(self.uri) else "does not exist"
+            raise ArtifactError(f"{self.uri} {state}; run the job that makes {self.ref} first")
+        return storage.read_json(self.path(MANIFEST))
+
+    def fingerprint(self) -> str:
+        """sha256 of the manifest: changes whenever the artifact was made again."""
+        self.manifest()
+        return hashlib.sha256(storage.read_bytes(self.path(MANIFEST))).hexdigest()
+
+
+def open_artifact(root: str, ref: str) -> Artifact:
+    """A finished artifact, ready to read.
+
+    Raises:
+        ArtifactError: it does not exist or has no manifest.
+    """
+    artifact = Artifact(root, ref)
+    artifact.manifest()
+    return artifact
+
+
+def identity(config: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+    """What decides whether a rerun is the same run: the recipe and the fingerprints of its input artifacts."""
+    return {"config": config, "inputs": inputs}
+
+
+def begin(artifact: Artifact, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """Claim the artifact's folder for `recipe` (an `identity`); the manifest if it is already finished.
+
+    Raises:
+        ArtifactError: the folder was made or begun by another recipe; the message lists the differences.
+    """
+    if artifact.is_finished:
+        manifest = artifact.manifest()
+        _refuse_difference(artifact, {"config": manifest["config"], "inputs": manifest["inputs"]}, recipe)
+        return manifest
+    if storage.exists(artifact.path(RECIPE)):
+        _refuse_difference(artifact, storage.read_json(artifact.path(RECIPE))["identity"], recipe)
+    else:
+        storage.write_json(artifact.path(RECIPE), {"identity": recipe, "begun": _now()})
+    return None
+
+
+def note_run(artifact: Artifact, run_id: str) -> None:
+    """Remember the MLflow run of an unfinished artifact, so that a resumed job continues it."""
+    recipe = storage.read_json(artifact.path(RECIPE))
+    storage.write_json(artifact.path(RECIPE), recipe | {"mlflow_run_id": run_id})
+
+
+def noted_run(artifact: Artifact) -> str | None:
+    """The MLflow run that an unfinished artifact was begun under."""
+    if not storage.exists(artifact.path(RECIPE)):
+        return None
+    return storage.read_json(artifact.path(RECIPE)).get("mlflow_run_id")
+
+
+def commit(
+    artifact: Artifact,
+    recipe: dict[str, Any],
+    *,
+    counts: dict[str, Any],
+    metrics: dict[str, float],
+    run_id: str,
+) -> dict[str, Any]:
+    """Write the manifest last; from here on the artifact is finished and immutable."""
+    manifest = {
+        "ref": artifact.ref,
+        "config": recipe["config"],
+        "inputs": recipe["inputs"],
+        "counts": counts,
+        "metrics": metrics,
+        "mlflow_run_id": run_id,
+        "git_sha": git_sha(),
+        "packages": package_versions(),
+        "checksums": _checksums(artifact),
+        "finished": _now(),
+    }
+    storage.write_json(artifact.path(MANIFEST), manifest)
+    return manifest
+
+
+def verify(artifact: Artifact) -> None:
+    """Compare every file with the manifest's checksums.
+
+    Raises:
+        ArtifactError: names the first file that is missing or differs.
+    """
+    expected = artifact.manifest()["checksums"]
+    actual = _checksums(artifact)
+    for name, checksum in expected.items():
+        if actual.get(name) != checksum:
+            state = "differs from its manifest" if name in actual else "is missing"
+            raise ArtifactError(f"{artifact.path(name)} {state}; delete {artifact.uri} and run its job again")
+
+
+def _checksums(artifact: Artifact) -> dict[str, str]:
+    return {
+        name: _checksum(artifact.path(name), size)
+        for name, size in storage.list_files(artifact.uri).items()
+        # work files of resumable stages may be cleaned up later; recipe.json is superseded by the manifest
+        if name not in {MANIFEST, RECIPE} and not name.startswith(("work/", "checkpoints/"))
+    }
+
+
+def _checksum(uri: str, size: int) -> str:
+    if size > CHECKSUM_LIMIT_BYTES:
+        return f"size:{size}"
+    digest = hashlib.sha256()
+    system, path = storage.filesystem(uri)
+    with system.open_input_stream(path) as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _refuse_difference(artifact: Artifact, old: dict[str, Any], new: dict[str, Any]) -> None:
+    differences = difference(old, _jsonable(new))
+    if differences:
+        state = "finished" if artifact.is_finished else "begun"
+        raise ArtifactError(
+            f"{artifact.uri} was {state} with another recipe: {'; '.join(differences)}. "
+            f"Name a new version in `output`, or delete the folder"
+        )
+
+
+def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Readable differences between two nested documents, as `path: old → new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [line for key in keys for line in difference(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old!r} → {new!r}"]
+
+
+def _jsonable(document: Any) -> Any:
+    """The document as JSON gives it back (tuples become lists), so that stored and fresh ones compare equal."""
+    if isinstance(document, dict):
+        return {str(key): _jsonable(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_jsonable(value) for value in document]
+    return document
+
+
+def git_sha() -> str:
+    """Commit of this code, with `-dirty` for local changes; RSPLATFORM_GIT_SHA where no checkout travels along."""
+    if os.environ.get("RSPLATFORM_GIT_SHA"):
+        return os.environ["RSPLATFORM_GIT_SHA"]
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        folder = Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that shape results."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def list_artifacts(root: str, kind: str) -> list[Artifact]:
+    """Finished artifacts of one kind below `root`, sorted by ref."""
+    system, path = storage.filesystem(f"{root.rstrip('/')}/{kind}")
+    found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    refs = [item.path[len(path) + 1 :].split("/") for item in found if item.path.endswith(f"/{MANIFEST}")]
+    return [Artifact(root, f"{kind}/{'/'.join(parts[:2])}") for parts in sorted(refs) if len(parts) == 3]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

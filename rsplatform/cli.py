@@ -1,0 +1,87 @@
+"""The command line that all jobs share: `python jobs/X.py RECIPE.yaml CLUSTER.yaml key.path=value … [--dry-run]`.
+
+Exit codes: 0 done, 1 the job failed, 2 the call, recipe or cluster file is wrong. Keys that start with
+`cluster.` override the cluster file, all others the recipe.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from rsplatform.artifacts import Artifact, ArtifactError
+from rsplatform.cluster import Cluster, load_cluster
+from rsplatform.config import ConfigError, StageConfig, load_config
+from rsplatform.stage import plan
+from rsplatform.storage import StorageError
+from rsplatform.tracking import TrackingError, redact
+
+USAGE = """\
+{description}
+
+usage:   python jobs/{job}.py RECIPE.yaml CLUSTER.yaml [key.path=value …] [--dry-run]
+example: python jobs/{job}.py {example}
+
+RECIPE.yaml   what to do; its keys: {keys}
+CLUSTER.yaml  where to do it, e.g. cluster/local.yaml; override its keys as cluster.KEY=VALUE
+--dry-run     validate, look up the inputs, print the plan and stop
+"""
+
+FrontDoor = Callable[[Any, Cluster], Artifact]
+
+
+def run_job(job: str, config_class: type[StageConfig], front_door: FrontDoor, example: str) -> None:
+    """Parse the command line, call `front_door(config, cluster)` and exit with a code that says how it went."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        datefmt="[%X]",
+        handlers=[RichHandler(console=Console(stderr=True))],
+    )
+    sys.exit(_run(job, config_class, front_door, example, sys.argv[1:]))
+
+
+def _run(job: str, config_class: type[StageConfig], front_door: FrontDoor, example: str, arguments: list[str]) -> int:
+    description = (front_door.__doc__ or job).strip().splitlines()[0]
+    usage = USAGE.format(description=description, job=job, example=example, keys=", ".join(config_class.model_fields))
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(usage, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        config, cluster, is_dry_run = _parse(config_class, arguments, usage)
+        if is_dry_run:
+            print("\n".join(plan(config, cluster)))
+            return 0
+        artifact = front_door(config, cluster)
+    except (ConfigError, ArtifactError) as error:
+        print(redact(f"error: {error}"), file=sys.stderr)
+        return 2
+    except (StorageError, TrackingError) as error:
+        print(redact(f"error: {error}"), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        return 130
+    except Exception as error:
+        logging.getLogger("rsplatform").exception("%s failed", job)
+        print(redact(f"error: {job} failed: {error}"), file=sys.stderr)
+        return 1
+    print(f"{job}: {artifact.uri}")
+    return 0
+
+
+def _parse(config_class: type[StageConfig], arguments: list[str], usage: str) -> tuple[Any, Cluster, bool]:
+    flags = [item for item in arguments if item.startswith("--")]
+    unknown = [flag for flag in flags if flag != "--dry-run"]
+    paths = [item for item in arguments if not item.startswith("--") and "=" not in item]
+    overrides = [item for item in arguments if not item.startswith("--") and "=" in item]
+    if unknown or len(paths) != 2:
+        wrong = f"unknown option {unknown[0]}" if unknown else f"expected RECIPE and CLUSTER, got {len(paths)} paths"
+        raise ConfigError(f"{wrong}\n\n{usage}")
+    for_cluster = [item.removeprefix("cluster.") for item in overrides if item.startswith("cluster.")]
+    for_recipe = [item for item in overrides if not item.startswith("cluster.")]
+    config = load_config(config_class, paths[0], for_recipe)
+    return config, load_cluster(paths[1], for_cluster), bool(flags)

@@ -1,0 +1,173 @@
+"""Typed recipes: a YAML file plus `key.path=value` overrides in, a frozen pydantic model out.
+
+A recipe says WHAT is done; WHERE it runs is the cluster file (cluster.py). Unknown keys are errors that
+name the key and the nearest valid one. Nothing here touches data.
+"""
+
+import difflib
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+
+class ConfigError(ValueError):
+    """A recipe or cluster file that cannot be used; the message names file, field and remedy."""
+
+
+class Config(BaseModel):
+    """Base of every recipe section: frozen, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class InputMarker:
+    """Marks a recipe field as an input, so that `--dry-run` and lineage find it by its type."""
+
+    is_artifact: bool
+
+
+# "kind/name/version": the address of an artifact that a person chose.
+ArtifactRef = Annotated[str, StringConstraints(pattern=r"^[a-z_]+/[\w.-]+/[\w.-]+$")]
+InputArtifact = Annotated[ArtifactRef, InputMarker(is_artifact=True)]
+# A file or folder: relative to the cluster file's data_root, absolute, s3://…, or artifact://kind/name/version/sub.
+InputPath = Annotated[str, StringConstraints(min_length=1), InputMarker(is_artifact=False)]
+
+
+class StageConfig(Config):
+    """What every job's recipe holds: the artifact it makes and the MLflow experiment it belongs to."""
+
+    output: ArtifactRef
+    pipeline: Annotated[str, StringConstraints(min_length=1)] = "rsplatform"
+
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+
+def load_config(config_class: type[ConfigType], path: str | Path, overrides: list[str] | None = None) -> ConfigType:
+    """Read `path`, apply `key.path=value` overrides (values in YAML) and validate against `config_class`.
+
+    Raises:
+        ConfigError: missing or empty file, broken YAML, unknown key, wrong type or a broken override.
+    """
+    values = read_yaml(path)
+    for override in overrides or []:
+        apply_override(values, override)
+    return validate(config_class, values, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`; ConfigError if it is missing, empty, broken or no mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give the path of a recipe, e.g. configs/demo/world.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f"{path}: empty or not a mapping of `key: value` lines")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in place; the value is read as YAML, so `true`, `3` and `[1, 2]` keep their types."""
+    key_path, separator, text = override.partition("=")
+    keys = key_path.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"{override!r}: an override is written key.path=value, e.g. train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
+    section = values
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{override!r}: {key} holds a value, not a section")
+    section[keys[-1]] = value
+
+
+def validate(config_class: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:
+    """Validate `values`; ConfigError lists each bad field of `source`, unknown ones with the nearest valid key."""
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(config_class, problem) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _describe(config_class: type[BaseModel], problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        known = sorted(_keys_at(config_class, problem["loc"][:-1]))
+        nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"missing key {where!r}"
+    return f"{where or 'recipe'}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _keys_at(config_class: Any, location: tuple[Any, ...]) -> set[str]:
+    """Field names of the section at `location`, walking through lists, unions and dataclasses."""
+    classes = [config_class]
+    for part in location:
+        children = [_children(item, part) for item in classes]
+        classes = [child for group in children for child in group]
+    return set().union(*(_field_types(item) for item in classes)) if classes else set()
+
+
+def _children(item: Any, part: Any) -> list[Any]:
+    fields = _field_types(item)
+    if part in fields:
+        return _flatten(fields[part])
+    return [item]  # a list index or the tag of a union: the class stays the same
+
+
+def _field_types(item: Any) -> dict[str, Any]:
+    if isinstance(item, type) and issubclass(item, BaseModel):
+        return {name: field.annotation for name, field in item.model_fields.items()}
+    if hasattr(item, "__dataclass_fields__"):
+        return typing.get_type_hints(item)
+    return {}
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    """The classes inside list[X], X | Y, Annotated[X, …], dict[str, X]."""
+    arguments = typing.get_args(annotation)
+    if not arguments:
+        return [annotation]
+    return [leaf for argument in arguments for leaf in _flatten(argument)]
+
+
+def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, bool]]:
+    """Every input that a recipe names, as (field path, value, is_artifact); sections and lists are walked."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        path = f"{prefix}{name}"
+        markers = [item for item in field.metadata if isinstance(item, InputMarker)]
+        if markers and isinstance(value, str):
+            yield path, value, markers[0].is_artifact
+        items = value if isinstance(value, list | tuple) else [value]
+        element_marker = _element_marker(field.annotation)
+        for index, item in enumerate(items):
+            label = f"{path}.{index}" if isinstance(value, list | tuple) else path
+            if isinstance(item, BaseModel):
+                yield from iter_inputs(item, f"{label}.")
+            elif element_marker and isinstance(item, str) and not markers:
+                yield label, item, element_marker.is_artifact
+
+
+def _element_marker(annotation: Any) -> InputMarker | None:
+    """The marker inside `list[InputPath]` or `InputPath | None`, which pydantic leaves in the annotation."""
+    for argument in typing.get_args(annotation):
+        for item in getattr(argument, "__metadata__", ()):
+            if isinstance(item, InputMarker):
+                return item
+    return None

@@ -1,0 +1,140 @@
+"""Mean intersection over union of predicted class maps against masks, one picture at a time.
+
+In: maps of how well each prompt fits each patch, and masks of class ids. Out: IoU by class and their mean.
+The decision rule reads the maps only, and is one for raw and smooth maps: same upsampling, same argmax,
+nothing chosen from masks.
+Shapes: P prompts, HxW patches or pixels.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rsplatform.localize.smooth_attention import upsample
+
+BACKGROUND = 0
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """IoU in percent of every class that occurs in the masks, and their mean."""
+
+    iou_by_class: dict[int, float]
+    mean_iou: float
+    pixel_accuracy: float
+    num_pixels: int
+
+
+class ConfusionMatrix:
+    """Counts of (true class, predicted class) over any number of pictures; memory is num_classes² whatever their size."""
+
+    def __init__(self, num_classes: int, ignore_id: int = IGNORED) -> None:
+        """Classes are 0…num_classes - 1; pixels whose mask is `ignore_id` count nowhere."""
+        if num_classes < 2 or 0 <= ignore_id < num_classes:
+            raise ValueError(
+                f"need two classes and an ignore_id that is none, got {num_classes} and {ignore_id}"
+            )
+        self.num_classes = num_classes
+        self.ignore_id = ignore_id
+        self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+
+    def update(self, predicted_HW: np.ndarray, mask_HW: np.ndarray) -> None:
+        """Add one picture. Raises ValueError if the shapes differ or an id is no class."""
+        if predicted_HW.shape != mask_HW.shape:
+            raise ValueError(f"prediction {predicted_HW.shape} and mask {mask_HW.shape} differ in shape")
+        counted = mask_HW != self.ignore_id
+        true, predicted = mask_HW[counted].astype(np.int64), predicted_HW[counted].astype(np.int64)
+        for name, ids in (("mask", true), ("prediction", predicted)):
+            if ids.size and not 0 <= ids.min() <= ids.max() < self.num_classes:
+                raise ValueError(
+                    f"{name} holds {ids.min()}…{ids.max()}, classes are 0…{self.num_classes - 1}"
+                )
+        pairs = np.bincount(true * self.num_classes + predicted, minlength=self.num_classes**2)
+        self.counts += pairs.reshape(self.num_classes, self.num_classes)
+
+    def scores(self) -> SegmentationScores:
+        """IoU over all pictures together; a class absent from the masks has no IoU (its false alarms cost the others).
+
+        Raises ValueError if no pixel was counted: there is no mean of nothing.
+        """
+        if not self.counts.any():
+            raise ValueError("no pixel was counted: the masks are empty or wholly ignored")
+        hits = self.counts.diagonal()
+        unions = self.counts.sum(axis=0) + self.counts.sum(axis=1) - hits
+        present = np.flatnonzero(self.counts.sum(axis=1))
+        iou_by_class = {int(label): float(100 * hits[label] / unions[label]) for label in present}
+        return SegmentationScores(
+            iou_by_class=iou_by_class,
+            mean_iou=sum(iou_by_class.values()) / len(iou_by_class),
+            pixel_accuracy=float(100 * hits.sum() / self.counts.sum()),
+            num_pixels=int(self.counts.sum()),
+        )
+
+
+def decide(
+    maps_PHW: torch.Tensor | np.ndarray, class_of_prompt: Sequence[int], size: tuple[int, int]
+) -> np.ndarray:
+    """Each pixel gets the class of its best prompt: uint8 labels of `size` (height, width).
+
+    Several prompts may stand for one class, above all for the background (class 0). Maps are upsampled before
+    the argmax; a tie goes to the lower class, so to the background first. Our default: no threshold is
+    fitted.
+    """
+    maps = torch.as_tensor(maps_PHW, dtype=torch.float32)
+    if maps.ndim != 3 or len(class_of_prompt) != len(maps) or not len(maps):
+        raise ValueError(
+            f"need maps (P, H, W) and a class for each of P prompts, got {tuple(maps.shape)} and "
+            f"{len(class_of_prompt)} classes"
+        )
+    if not 0 <= min(class_of_prompt) <= max(class_of_prompt) < IGNORED:
+        raise ValueError(
+            f"class_of_prompt must hold class ids in 0…{IGNORED - 1}, got {sorted(set(class_of_prompt))}"
+        )
+    if not torch.isfinite(maps).all():
+        raise ValueError("maps hold NaN or infinity: no class can be decided from them")
+    stretched = upsample(maps[None], size)[0]
+    by_class = sorted(range(len(maps)), key=lambda prompt: class_of_prompt[prompt])
+    best = stretched[by_class].argmax(dim=0).numpy()
+    return np.array([class_of_prompt[prompt] for prompt in by_class], dtype=np.uint8)[best]
+
+
+def decide_binary(
+    target_HW: torch.Tensor | np.ndarray, background_PHW: torch.Tensor | np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """One text against background prompts: 1 where it beats all of them, else 0. For instance buildings."""
+    target = torch.as_tensor(target_HW, dtype=torch.float32)[None]
+    background = torch.as_tensor(background_PHW, dtype=torch.float32)
+    return decide(torch.cat([background, target]), [BACKGROUND] * len(background) + [1], size)
+
+
+@dataclass(frozen=True)
+class SegmentationTask:
+    """What the prompts and the masks of one evaluation set mean; a binary task is class_of_prompt of 0s and one 1."""
+
+    class_of_prompt: tuple[int, ...]
+    num_classes: int
+    ignore_id: int = IGNORED
+
+
+def evaluate_segmentation(
+    samples: Iterable[tuple[np.ndarray, np.ndarray]],
+    maps_by_method: Callable[[np.ndarray], Mapping[str, torch.Tensor]],
+    task: SegmentationTask,
+) -> dict[str, SegmentationScores]:
+    """Score every method on the same pictures by the same decision rule.
+
+    `samples` yields (image_HWC, mask_HW); `maps_by_method` sees the image alone and returns maps_PHW by
+    method name, for example raw and smooth. Raises ValueError for no samples.
+    """
+    matrices: dict[str, ConfusionMatrix] = {}
+    for image_HWC, mask_HW in samples:
+        for method, maps_PHW in maps_by_method(image_HWC).items():
+            predicted_HW = decide(maps_PHW, task.class_of_prompt, (mask_HW.shape[0], mask_HW.shape[1]))
+            matrix = matrices.setdefault(method, ConfusionMatrix(task.num_classes, task.ignore_id))
+            matrix.update(predicted_HW, mask_HW)
+    if not matrices:
+        raise ValueError("segmentation evaluation got no samples")
+    return {method: matrix.scores() for method, matrix in matrices.items()}

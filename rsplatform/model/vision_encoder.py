@@ -1,0 +1,212 @@
+"""Vision transformer: normalised pixels in, one feature per patch and one pooled embedding out.
+
+Takes any height and width that are multiples of the patch: the learned position grid is interpolated.
+Does not decode or normalise pictures (preprocess.py) and does not scale embeddings to unit length (mammut.py).
+Shapes: B batch, C channels, H W pixels or patch grid, N tokens, D width, K pooling heads, E embedding.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsplatform.model.positions import cropped_positions, interpolate_positions
+from rsplatform.model.transformer import EncoderBlock, Mlp, initialise_blocks
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A ViT. Pooling: "map" learned-query attention, "mean" over patches, "mean_all" over patches and class token."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    patch_size: int
+    image_size: int
+    pooling: Literal["map", "mean", "mean_all"] = "mean"
+    class_token: bool = False
+    input_norm: bool = False
+    position_interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    cropped_positions: bool = False
+    cropped_position_grid: int = 64
+    patch_dropout: float = 0.0
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        if self.pooling not in ("map", "mean", "mean_all"):
+            raise ValueError(f"vision.pooling: '{self.pooling}' is not one of map, mean, mean_all")
+        if self.position_interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"vision.position_interpolation: '{self.position_interpolation}' is unknown")
+        if self.width % self.num_heads:
+            raise ValueError(f"vision.width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if not 0.0 <= self.patch_dropout < 1.0:
+            raise ValueError(f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
+
+
+class PatchFeatures(NamedTuple):
+    """What pooling reads, per patch: pooling `values` over every token with these gives the image embedding.
+
+    `scores_BKHW` (q·k/√d of each pooling head, head h owns the h-th slice of D) is None where pooling is a mean.
+    A class token that takes part in the pooling has no place on the grid: its value and scores stand apart. A
+    pooling over windows of the grid leaves it out (our default: it belongs to the whole picture, not to a place).
+    """
+
+    values_BHWD: Tensor
+    scores_BKHW: Tensor | None
+    class_value_BD: Tensor | None = None
+    class_scores_BK: Tensor | None = None
+
+
+def pool_values(values_BND: Tensor, scores_BKN: Tensor | None) -> Tensor:
+    """Pool values over tokens -> (B, D): the mean, or per head the softmax-weighted sum of its slice of D."""
+    if scores_BKN is None:
+        return values_BND.mean(1)
+    batch, num_tokens, width = values_BND.shape
+    num_heads = scores_BKN.shape[1]
+    values_BKNd = values_BND.view(batch, num_tokens, num_heads, width // num_heads).transpose(1, 2)
+    weights_BK1N = scores_BKN.softmax(-1).unsqueeze(2)
+    return (weights_BK1N.to(values_BKNd.dtype) @ values_BKNd).flatten(1)
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling with one learned query, then an MLP (the MAP head of SoViT)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_Kd = nn.Parameter(torch.empty(num_heads, width // num_heads))
+        self.key = nn.Linear(width, width, bias=False)  # a key bias is the same for all tokens: softmax drops it
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, mlp_width)
+
+    def scores(self, tokens_BND: Tensor) -> Tensor:
+        """q·k/√d per head (B, K, N). The query is constant, so it is folded into the key weights first."""
+        head_width = self.query_Kd.shape[1]
+        key_KdD = self.key.weight.view(self.num_heads, head_width, -1)
+        folded_KD = torch.einsum("kd,kdx->kx", self.query_Kd, key_KdD) * head_width**-0.5
+        return F.linear(tokens_BND, folded_KD).transpose(1, 2)
+
+    def finish(self, pooled_BD: Tensor) -> Tensor:
+        """What follows the weighted sum: output projection, then a residual MLP."""
+        projected_BD = self.out(pooled_BD)
+        return projected_BD + self.mlp(self.norm_mlp(projected_BD))
+
+
+class VisionEncoder(nn.Module):
+    """images (B, C, H, W) -> tokens (B, N, D) before the last norm; `embed_tokens` pools them to (B, E)."""
+
+    def __init__(self, config: VisionConfig, embedding_width: int):
+        super().__init__()
+        self.config = config
+        width, grid = config.width, config.image_size // config.patch_size
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
+        self.position_HWD = nn.Parameter(torch.empty(grid, grid, width))
+        # the class token carries its own position
+        self.class_token_D = nn.Parameter(torch.empty(width)) if config.class_token else None
+        self.norm_input = nn.LayerNorm(width) if config.input_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            EncoderBlock(width, config.num_heads, config.mlp_width) for _ in range(config.num_layers)
+        )
+        self.norm_output = nn.LayerNorm(width)
+        uses_map = config.pooling == "map"
+        self.pool = AttentionPool(width, config.num_heads, config.mlp_width) if uses_map else None
+        self.projection = nn.Linear(width, embedding_width, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        scale = self.config.width**-0.5
+        initialise_blocks(self.blocks, self.config.width, self.config.num_layers)
+        nn.init.normal_(self.patch_embedding.weight, std=self.patch_embedding.in_features**-0.5)
+        nn.init.normal_(self.position_HWD, std=scale)
+        nn.init.normal_(self.projection.weight, std=scale)
+        if self.class_token_D is not None:
+            nn.init.normal_(self.class_token_D, std=scale)
+        if self.pool is not None:
+            initialise_blocks(self.pool, self.config.width, 1)
+            nn.init.normal_(self.pool.query_Kd, std=scale)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Tokens (B, N, D), class token first if there is one, before the last norm: what cross-attention reads."""
+        patches_BHWD = self.patch_embedding(self._patches(images_BCHW))
+        tokens_BND = (patches_BHWD + self._positions(patches_BHWD)).flatten(1, 2)
+        if self.training and self.config.patch_dropout > 0:
+            tokens_BND = drop_patches(tokens_BND, self.config.patch_dropout)
+        if self.class_token_D is not None:
+            class_B1D = self.class_token_D.to(tokens_BND.dtype).expand(len(tokens_BND), 1, -1)
+            tokens_BND = torch.cat([class_B1D, tokens_BND], dim=1)
+        tokens_BND = self.norm_input(tokens_BND)
+        for block in self.blocks:
+            tokens_BND = block(tokens_BND)
+        return tokens_BND
+
+    def _patches(self, images_BCHW: Tensor) -> Tensor:
+        """Cut into patches (B, H/P, W/P, C·P·P): a reshape and one matmul are faster than a strided convolution."""
+        size = self.config.patch_size
+        batch, channels, height, width = images_BCHW.shape
+        if height % size or width % size:
+            raise ValueError(
+                f"image of {height}x{width} px does not divide into patches of {size} px: resize or crop it first"
+            )
+        cut = images_BCHW.view(batch, channels, height // size, size, width // size, size)
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // size, width // size, -1)
+
+    def _positions(self, patches_BHWD: Tensor) -> Tensor:
+        batch, height, width, _ = patches_BHWD.shape
+        if self.training and self.config.cropped_positions:
+            grid = self.config.cropped_position_grid
+            return cropped_positions(self.position_HWD, batch, (height, width), upsampled=grid)
+        return interpolate_positions(self.position_HWD, (height, width), self.config.position_interpolation)
+
+    def _values_and_scores(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.pool is None:
+            return tokens_BND, None
+        normed_BND = self.norm_output(tokens_BND)
+        return self.pool.value(normed_BND), self.pool.scores(normed_BND)
+
+    def _pooled_tokens(self, tokens_BND: Tensor) -> Tensor:
+        drops_class = self.class_token_D is not None and self.config.pooling == "mean"
+        return tokens_BND[:, 1:] if drops_class else tokens_BND
+
+    def embed_tokens(self, tokens_BND: Tensor) -> Tensor:
+        """Pool tokens of `forward` into the embedding space (B, E), not yet of unit length."""
+        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(tokens_BND))
+        return self.head(pool_values(values_BND, scores_BKN))
+
+    def head(self, pooled_D: Tensor) -> Tensor:
+        """Map a pooled value (..., D) to the embedding space (..., E), not yet of unit length."""
+        if self.pool is None:
+            return self.projection(self.norm_output(pooled_D))
+        return self.projection(self.pool.finish(pooled_D))
+
+    def patch_features(self, images_BCHW: Tensor) -> PatchFeatures:
+        """Values and pooling scores of every patch on the picture's own grid: the input of smooth attention."""
+        size = self.config.patch_size
+        grid = (images_BCHW.shape[2] // size, images_BCHW.shape[3] // size)
+        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(self(images_BCHW)))
+        has_class = self.class_token_D is not None and self.config.pooling != "mean"
+        first = 1 if has_class else 0
+        scores = None if scores_BKN is None else scores_BKN[:, :, first:].unflatten(2, grid)
+        return PatchFeatures(
+            values_BHWD=values_BND[:, first:].unflatten(1, grid),
+            scores_BKHW=scores,
+            class_value_BD=values_BND[:, 0] if has_class else None,
+            class_scores_BK=scores_BKN[:, :, 0] if has_class and scores_BKN is not None else None,
+        )
+
+
+def drop_patches(tokens_BND: Tensor, fraction: float) -> Tensor:
+    """Keep a random subset of patches, another one per picture (training only); at least one is kept."""
+    batch, num_patches, width = tokens_BND.shape
+    num_kept = max(1, round(num_patches * (1 - fraction)))
+    kept_BM = torch.rand(batch, num_patches, device=tokens_BND.device).topk(num_kept, dim=1).indices
+    return tokens_BND.gather(1, kept_BM.unsqueeze(-1).expand(-1, -1, width))

@@ -1,0 +1,42 @@
+"""Ray for a job: start a local one or join the cluster that the placement names, and leave nothing behind.
+
+Only definitions; a job that needs no Ray never pays for it.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from rsplatform.cluster import Cluster
+from rsplatform.storage import gdal_options
+
+
+@contextlib.contextmanager
+def ray_runtime(cluster: Cluster) -> Iterator[None]:
+    """Ray inside this block: an already connected one is used and left alone, else ours is started and stopped.
+
+    `cluster.ray_address` None starts a local Ray (or joins the one that `ray job submit` announces);
+    a bare local runtime listens with no token, on 127.0.0.1 only.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    joins = cluster.ray_address is not None or "RAY_ADDRESS" in os.environ
+    if not joins:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    local = {} if joins else {"num_cpus": cluster.num_cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(
+        address=cluster.ray_address if joins else "local",
+        runtime_env={"env_vars": gdal_options() | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "")}},
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+        **local,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

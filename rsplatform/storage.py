@@ -1,0 +1,205 @@
+"""Bytes on a local path or `s3://bucket/prefix` through one Arrow filesystem; Lance and GDAL get the same place.
+
+boto3 is used for what Arrow does not do: a bucket check with a clear error and presigned links. Credentials
+and endpoint come from the standard AWS environment (AWS_ENDPOINT_URL_S3, AWS_REGION, …), never from a recipe.
+"""
+
+import json
+import os
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import boto3
+import botocore.exceptions
+import pyarrow.fs as pafs
+
+
+class StorageError(OSError):
+    """A place that cannot be read or written; the message names the place and the remedy."""
+
+
+def is_s3(uri: str) -> bool:
+    """Whether `uri` lies in an object store."""
+    return uri.startswith("s3://")
+
+
+def s3_endpoint() -> str | None:
+    """The S3 endpoint of the environment, None for AWS itself."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def s3_region() -> str:
+    """The region of the environment; us-east-1 when it names none, as the AWS tools do."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
+@cache
+def _s3_filesystem(endpoint: str | None, region: str) -> pafs.S3FileSystem:
+    parsed = urlparse(endpoint or "")
+    return pafs.S3FileSystem(
+        endpoint_override=parsed.netloc or None,
+        scheme=parsed.scheme or "https",
+        region=region,
+        request_timeout=30,
+    )
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The Arrow filesystem of `uri` and the path inside it.
+
+    Raises:
+        StorageError: a scheme other than a plain path, `file://` or `s3://`.
+    """
+    if is_s3(uri):
+        return _s3_filesystem(s3_endpoint(), s3_region()), uri.removeprefix("s3://")
+    if "://" in uri and not uri.startswith("file://"):
+        raise StorageError(f"{uri}: only local paths and s3:// are supported")
+    return pafs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).absolute())
+
+
+def check_writable(root: str) -> None:
+    """Fail early, naming the place, if `root` cannot take new files (missing bucket, read-only or full disk).
+
+    Raises:
+        StorageError: with the reason and what to change.
+    """
+    if is_s3(root):
+        bucket = root.removeprefix("s3://").split("/")[0]
+        try:
+            s3_client().head_bucket(Bucket=bucket)
+        except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+            raise StorageError(
+                f"{root}: bucket {bucket!r} is not reachable ({error}); create it or fix AWS_*"
+            ) from error
+        return
+    probe = Path(root) / f".write-probe-{uuid.uuid4().hex}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"{root}: cannot write here ({error.strerror}); free or remount the disk, or set root"
+        ) from error
+
+
+def s3_client() -> Any:
+    """A boto3 S3 client for the environment's endpoint."""
+    return boto3.client("s3", endpoint_url=s3_endpoint(), region_name=s3_region())
+
+
+def presigned_url(uri: str, expires_s: int = 3600) -> str:
+    """A time-limited download link of one object; a local file gives its file:// URI."""
+    if not is_s3(uri):
+        return Path(uri).absolute().as_uri()
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return s3_client().generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=expires_s)
+
+
+def lance_options(uri: str) -> dict[str, str] | None:
+    """`storage_options` for Lance and LanceDB at `uri`; None for a local path."""
+    if not is_s3(uri):
+        return None
+    options = {"region": s3_region()}
+    endpoint = s3_endpoint()
+    if endpoint:
+        options |= {"aws_endpoint": endpoint, "aws_virtual_hosted_style_request": "false"}
+        options["allow_http"] = str(endpoint.startswith("http://")).lower()
+    return options
+
+
+def gdal_path(uri: str) -> str:
+    """`uri` as GDAL spells it (/vsis3/…)."""
+    return f"/vsis3/{uri.removeprefix('s3://')}" if is_s3(uri) else uri.removeprefix("file://")
+
+
+def gdal_options() -> dict[str, str]:
+    """GDAL configuration for remote rasters (our defaults, measured) and for the environment's S3 endpoint."""
+    options = {
+        "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+        "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+        "GDAL_HTTP_MULTIPLEX": "YES",
+        "VSI_CACHE": "TRUE",
+        "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
+        "GDAL_CACHEMAX": "128",
+        "GDAL_HTTP_MAX_RETRY": "5",
+        "GDAL_HTTP_TIMEOUT": "30",
+        "GDAL_NUM_THREADS": "1",
+    }
+    endpoint = s3_endpoint()
+    if endpoint:
+        parsed = urlparse(endpoint)
+        options |= {"AWS_S3_ENDPOINT": parsed.netloc, "AWS_VIRTUAL_HOSTING": "FALSE"}
+        options["AWS_HTTPS"] = "YES" if parsed.scheme == "https" else "NO"
+    return options
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder lies at `uri`."""
+    system, path = filesystem(uri)
+    return system.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_files(uri: str) -> dict[str, int]:
+    """Every file below `uri`: relative path → size in bytes, sorted; empty if there is nothing."""
+    system, path = filesystem(uri)
+    found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = {item.path[len(path.rstrip("/")) + 1 :]: item.size for item in found if item.type == pafs.FileType.File}
+    return dict(sorted(files.items()))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file at `uri`; FileNotFoundError if absent."""
+    system, path = filesystem(uri)
+    with system.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write `data` so that a reader sees the old file or the whole new one, never a part."""
+    system, path = filesystem(uri)
+    if is_s3(uri):  # an S3 PUT is atomic by itself
+        with system.open_output_stream(path) as stream:
+            stream.write(data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{uri}: cannot write ({error.strerror}); free or remount the disk") from error
+
+
+def read_json(uri: str) -> Any:
+    """The JSON document at `uri`."""
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, document: Any) -> None:
+    """Write `document` atomically as JSON with sorted keys."""
+    write_bytes(uri, json.dumps(document, indent=2, sort_keys=True, default=str).encode())
+
+
+def upload_folder(folder: Path, uri: str) -> None:
+    """Copy every file of a local folder below `uri`, each atomically."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            write_bytes(f"{uri}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+
+
+def download_folder(uri: str, folder: Path) -> Path:
+    """Copy every file below `uri` into a local folder (for libraries that read only local files)."""
+    for relative in list_files(uri):
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(read_bytes(f"{uri}/{relative}"))
+    return folder

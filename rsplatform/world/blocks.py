@@ -1,0 +1,224 @@
+"""Divides the rest of a land by roads into blocks of one use each: fields, towns, forests, open ground.
+
+Comes in: a `Draft` whose large things have claimed their ground. Goes out: features added to it. Blocks are cut in
+a frame that is turned and gently bent, so that no road runs along the pixels. Ours, from no source.
+"""
+
+import math
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from shapely.geometry.base import BaseGeometry
+
+from rsplatform.world import palettes
+from rsplatform.world.land import Draft, Feature, polygons_of
+
+Box = tuple[float, float, float, float]
+LARGEST_BLOCK_M = 560.0
+USE_SHARES = {"fields": 0.40, "town": 0.24, "forest": 0.20, "open": 0.16}
+
+
+class Frame:
+    """The turned and bent frame of a land's roads: `to_land` maps its coordinates to local metres."""
+
+    def __init__(self, draft: Draft):
+        self.angle = draft.number(0, math.pi / 2)
+        self.waves = [(draft.number(900, 1700), draft.number(0, 6.28), draft.number(12, 30)) for _ in range(4)]
+
+    def to_land(self, points_P2: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(P, 2) of this frame to (P, 2) local metres."""
+        along, across = points_P2[:, 0], points_P2[:, 1]
+        bent = np.array(points_P2, dtype=np.float64)
+        for number, (period_m, phase, height_m) in enumerate(self.waves):
+            source, target = (along, 1) if number % 2 else (across, 0)
+            bent[:, target] += height_m * np.sin(2 * math.pi * source / period_m + phase)
+        cosine, sine = math.cos(self.angle), math.sin(self.angle)
+        return bent @ np.array([[cosine, sine], [-sine, cosine]])
+
+    def shape(self, geometry: BaseGeometry) -> BaseGeometry:
+        """A geometry of this frame, bent, in local metres."""
+        return shapely.transform(shapely.segmentize(geometry, 40.0), self.to_land)
+
+
+def split_box(draft: Draft, box: Box, largest_m: float, cuts: list[tuple[float, float, float, float]]) -> list[Box]:
+    """Halves a box, unevenly, until no side exceeds about `largest_m`; each cut (a segment) is added to `cuts`."""
+    left, bottom, right, top = box
+    width, height = right - left, top - bottom
+    if max(width, height) <= largest_m * draft.number(0.75, 1.1):
+        return [box]
+    share = draft.number(0.36, 0.64)
+    if width >= height:
+        at = left + share * width
+        cuts.append((at, bottom, at, top))
+        halves = ((left, bottom, at, top), (at, bottom, right, top))
+    else:
+        at = bottom + share * height
+        cuts.append((left, at, right, at))
+        halves = ((left, bottom, right, at), (left, at, right, top))
+    return [part for half in halves for part in split_box(draft, half, largest_m, cuts)]
+
+
+def lay_blocks(draft: Draft) -> None:
+    """Roads between blocks, then each block by its use."""
+    frame = Frame(draft)
+    reach = 1.5 * draft.half_m
+    cuts: list[Box] = []
+    boxes = split_box(draft, (-reach, -reach, reach, reach), LARGEST_BLOCK_M, cuts)
+    claimed = draft.claimed()
+    shapely.prepare(claimed)
+    roads = [_road(draft, frame.shape(shapely.LineString([cut[:2], cut[2:]])), draft.number(9, 14)) for cut in cuts]
+    uses = list(USE_SHARES)
+    window = shapely.box(-draft.half_m, -draft.half_m, draft.half_m, draft.half_m)
+    for box in boxes:
+        use = uses[int(draft.rng.choice(len(uses), p=list(USE_SHARES.values())))]
+        if frame.shape(shapely.box(*box)).intersects(window):
+            _fill_block(draft, frame, box, use)
+    draft.features[:] = _outside(draft.features, claimed, window)
+    draft.features.extend(_outside(roads, claimed, window))
+
+
+def _outside(features: list[Feature], claimed: BaseGeometry, window: BaseGeometry) -> list[Feature]:
+    """The features inside the window, less claimed ground. Large things stay whole; cut houses go altogether."""
+    kept: list[Feature] = []
+    own_ground = (palettes.WATER, palettes.HARBOUR, palettes.RUNWAY, palettes.STADIUM)
+    for feature in features:
+        if feature.class_id in own_ground:
+            kept.append(feature)
+        elif not feature.geometry.intersects(window):
+            continue
+        elif not claimed.intersects(feature.geometry):
+            kept.append(feature)
+        elif feature.class_id != palettes.BUILDING:
+            rest = feature.geometry.difference(claimed)
+            kept += [_with_geometry(feature, part) for part in shapely.get_parts(rest) if _is_large(part)]
+    return kept
+
+
+def _with_geometry(feature: Feature, geometry: BaseGeometry) -> Feature:
+    return Feature(**{**feature.__dict__, "geometry": geometry})
+
+
+def _is_large(part: BaseGeometry) -> bool:
+    return part.area > 400 if part.geom_type == "Polygon" else part.length > 30
+
+
+def _road(draft: Draft, line: BaseGeometry, width_m: float) -> Feature:
+    colour = palettes.draw_class_colour(draft.rng, palettes.ROAD)
+    name = draft.name("road", 0.7)
+    return Feature(palettes.ROAD, "road", line, colour, name=name, width_m=width_m, seed=draft.seed())
+
+
+def _fill_block(draft: Draft, frame: Frame, box: Box, use: str) -> None:
+    left, bottom, right, top = box
+    inner = (left + 9, bottom + 9, right - 9, top - 9)
+    if use == "fields":
+        _fields(draft, frame, inner)
+    elif use == "town":
+        _town(draft, frame, inner)
+    elif use == "forest":
+        _forest(draft, frame, inner)
+    else:
+        _open_ground(draft, frame, inner)
+
+
+def _fields(draft: Draft, frame: Frame, box: Box) -> None:
+    """Parcels of 80-300 m with rows along one of their sides."""
+    for left, bottom, right, top in split_box(draft, box, draft.number(150, 300), []):
+        margin = draft.number(2, 6)
+        shape = frame.shape(shapely.box(left + margin, bottom + margin, right - margin, top - margin))
+        turn = draft.number(-0.08, 0.08) + (math.pi / 2 if draft.rng.random() < 0.5 else 0.0)
+        draft.features.append(
+            Feature(
+                palettes.FIELD,
+                "farmland",
+                shape,
+                palettes.draw_class_colour(draft.rng, palettes.FIELD),
+                name=draft.name("farmland", 0.1),
+                angle=frame.angle + turn,
+                texture=(draft.number(8.5, 14), draft.number(0.15, 0.3), float(draft.rng.random() < 0.15)),
+                seed=draft.seed(),
+            )
+        )
+
+
+def _forest(draft: Draft, frame: Frame, box: Box) -> None:
+    """One wood with a rough edge; its crowns are one kind of tree."""
+    shape = frame.shape(shapely.segmentize(shapely.box(*box).buffer(-8), 30.0))
+    points = shapely.get_coordinates(shape)
+    points += draft.rng.normal(0, 5, points.shape)
+    ragged = shapely.Polygon(points).buffer(0)
+    for part in polygons_of(ragged, 2000.0):
+        draft.features.append(
+            Feature(
+                palettes.FOREST,
+                "forest",
+                part,
+                palettes.draw_class_colour(draft.rng, palettes.FOREST),
+                name=draft.name("forest", 0.6),
+                height_m=draft.number(10, 20),
+                texture=(draft.number(0.2, 0.45), draft.number(0.0, 1.0), 0.0),
+                seed=draft.seed(),
+            )
+        )
+
+
+def _open_ground(draft: Draft, frame: Frame, box: Box) -> None:
+    """Grass, scrub or bare ground: background, so it is painted but is no landmark."""
+    draft.features.append(
+        Feature(
+            palettes.BACKGROUND,
+            "open",
+            frame.shape(shapely.box(*box)),
+            palettes.draw_class_colour(draft.rng, palettes.BACKGROUND),
+            texture=(draft.number(0.0, 0.35), 0.0, 0.0),
+            seed=draft.seed(),
+        )
+    )
+
+
+def _town(draft: Draft, frame: Frame, box: Box) -> None:
+    """Streets in a grid with buildings of one size in rows between them."""
+    _open_ground(draft, frame, box)
+    large = draft.rng.random() < 0.45
+    length, depth = (draft.number(36, 60), draft.number(24, 42)) if large else (draft.number(16, 28), draft.number(12, 18))
+    gap = draft.number(9, 14) if large else draft.number(4, 8)
+    left, bottom, right, top = box
+    street_step = 2 * (depth + gap) + 11
+    palette_pair = [palettes.draw_palette(draft.rng, palettes.BUILDING) for _ in range(3)]
+    for row in range(int((top - bottom) // street_step)):
+        low = bottom + row * street_step
+        middle = low + gap / 2 + depth + gap + 5.5
+        street = shapely.LineString([(left - 9, low), (right + 9, low)])
+        draft.features.append(_road(draft, frame.shape(street), draft.number(7.5, 9.5)))
+        for line in (low + 6 + gap / 2 + depth / 2, middle + gap / 2 + depth / 2 - 1):
+            for number in range(int((right - left - gap) // (length + gap))):
+                centre = (left + gap + length / 2 + number * (length + gap), line)
+                if draft.rng.random() < 0.9:
+                    _building(draft, frame, centre, (length, depth), palette_pair[int(draft.rng.integers(3))])
+
+
+def _building(
+    draft: Draft, frame: Frame, centre: tuple[float, float], size: tuple[float, float], palette: str
+) -> None:
+    size = (size[0] * draft.number(0.82, 1.0), size[1] * draft.number(0.82, 1.0))
+    corner = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array(size) / 2 + np.array(centre)
+    points = frame.to_land(corner)
+    middle = points.mean(axis=0)
+    edge = points[1] - points[0]
+    kind = "warehouse" if size[0] > 30 else "house"
+    draft.features.append(
+        Feature(
+            palettes.BUILDING,
+            kind,
+            shapely.Polygon(points),
+            palettes.draw_colour(draft.rng, palette),
+            name=draft.name(kind, 0.5 if size[0] > 30 else 0.02),
+            angle=math.atan2(edge[1], edge[0]),
+            centre_xy=(float(middle[0]), float(middle[1])),
+            size_m=size,
+            height_m=draft.number(6, 14) if size[0] > 30 else draft.number(4, 9),
+            texture=(float(draft.rng.integers(3)), draft.number(0.12, 0.28), 0.0),
+            seed=draft.seed(),
+        )
+    )
