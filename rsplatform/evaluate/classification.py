@@ -30,7 +30,7 @@ class ClassificationScores:
 
 
 def class_prompts(class_names: Sequence[str], prompt: str = PROMPT) -> tuple[str, ...]:
-    """One text per class. Raises ValueError for repeated or fewer than two names, or a prompt without its place."""
+    """One text per class. Raises ValueError for repeated or under two names, or a prompt without its place."""
     if len(class_names) < 2 or len(set(class_names)) < len(class_names):
         raise ValueError(f"class_names must be two or more different names, got {list(class_names)}")
     if "{class name}" not in prompt:
@@ -42,7 +42,7 @@ def zero_shot_accuracy(
     embed_images: Callable[[Sequence], np.ndarray],
     embed_texts: Callable[[Sequence[str]], np.ndarray],
     images: Iterable,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     class_names: Sequence[str],
     prompt: str = PROMPT,
 ) -> ClassificationScores:

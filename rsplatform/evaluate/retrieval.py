@@ -89,7 +89,7 @@ def _percentages(image_to_text: dict[int, float], text_to_image: dict[int, float
 
 
 def unit_rows(embeddings: np.ndarray, name: str) -> np.ndarray:
-    """Rows of length one in float64 (a row of zeros stays). Raises ValueError naming the first NaN or infinite row."""
+    """Rows of length one in float64 (zeros stay). Raises ValueError naming the first NaN or infinite row."""
     rows = np.asarray(embeddings, dtype=np.float64)
     if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(f"{name} must be a non-empty table of (rows, width), got shape {rows.shape}")

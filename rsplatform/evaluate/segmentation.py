@@ -29,7 +29,7 @@ class SegmentationScores:
 
 
 class ConfusionMatrix:
-    """Counts of (true class, predicted class) over any number of pictures; memory is num_classes² whatever their size."""
+    """Counts of (true class, predicted class) over any number of pictures, in memory that they do not change."""
 
     def __init__(self, num_classes: int, ignore_id: int = IGNORED) -> None:
         """Classes are 0…num_classes - 1; pixels whose mask is `ignore_id` count nowhere."""
@@ -56,7 +56,7 @@ class ConfusionMatrix:
         self.counts += pairs.reshape(self.num_classes, self.num_classes)
 
     def scores(self) -> SegmentationScores:
-        """IoU over all pictures together; a class absent from the masks has no IoU (its false alarms cost the others).
+        """IoU over all pictures together; a class absent from the masks has none (its false alarms cost the rest).
 
         Raises ValueError if no pixel was counted: there is no mean of nothing.
         """
@@ -112,7 +112,7 @@ def decide_binary(
 
 @dataclass(frozen=True)
 class SegmentationTask:
-    """What the prompts and the masks of one evaluation set mean; a binary task is class_of_prompt of 0s and one 1."""
+    """What prompts and masks mean in one set; a binary task has a class_of_prompt of 0s and one 1."""
 
     class_of_prompt: tuple[int, ...]
     num_classes: int

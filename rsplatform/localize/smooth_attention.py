@@ -1,4 +1,4 @@
-"""Sliding-window attention pooling: from patch values and texts to a map that says where in the image each text is.
+"""Sliding-window attention pooling: from patch values and texts to maps of where in the image each text is.
 
 In: the values of the final patches, texts in the embedding space, the head that leads from one to the other.
 Out: the cosine of every patch with every text, steadied over windows. Torch only; it holds no weights,
@@ -58,13 +58,13 @@ def smooth_attention(
 
 
 def raw_patch_maps(values_BHWD: torch.Tensor, texts_CE: torch.Tensor, head: Head) -> torch.Tensor:
-    """Score every patch by the cosine of its own value with each text: the same as a window of one. maps_BCHW."""
+    """Score every patch by the cosine of its own value with each text: a window of one. maps_BCHW."""
     _check(values_BHWD, texts_CE, window=1, stride=1)
     return _cosines(values_BHWD, texts_CE, head)
 
 
 def upsample(maps_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Stretch maps to (height, width) in pixels, bilinear with pixel-area alignment; one way for raw and smooth."""
+    """Stretch maps to (height, width) in pixels, bilinear by pixel areas; one way for raw and smooth."""
     return F.interpolate(maps_BCHW, size=size, mode="bilinear", align_corners=False)
 
 
@@ -93,8 +93,8 @@ def _scores_per_head(values_BHWD: torch.Tensor, scores_BHW: torch.Tensor | None)
     fits = scores_BKHW.ndim == 4 and (batch, height, width) == (scores_BKHW.shape[0], *scores_BKHW.shape[2:])
     if not fits or depth % scores_BKHW.shape[1]:
         raise ValueError(
-            f"scores must be (B, H, W) or (B, K, H, W) on the grid of values {tuple(values_BHWD.shape)}, with K "
-            f"dividing D; got {tuple(scores_BHW.shape)}"
+            f"scores must be (B, H, W) or (B, K, H, W) on the grid of values {tuple(values_BHWD.shape)}, "
+            f"with K dividing D; got {tuple(scores_BHW.shape)}"
         )
     return scores_BKHW.to(dtype)
 
@@ -107,7 +107,7 @@ def _centres(length: int, radius: int, stride: int) -> list[int]:
 def _pool_windows(
     values_BHWD: torch.Tensor, scores_BKHW: torch.Tensor, rows: list[int], columns: list[int], radius: int
 ) -> torch.Tensor:
-    """Softmax of the scalar scores in each window, then one shifted multiply-add of the values per window cell.
+    """Softmax of the scalar scores in each window, then a shifted multiply-add of the values per window cell.
 
     Exact however widely the scores spread, because each window subtracts its own maximum; and w² passes over
     the values in cache are an order faster than unfolding them w² times into memory.
@@ -138,7 +138,7 @@ def _pool_windows(
 
 
 def _take(tensor: torch.Tensor, axis: int, positions: Sequence[int], shift: int) -> torch.Tensor:
-    """The cells at positions + shift: a view where the positions are consecutive, a copy where they are strided."""
+    """The cells at positions + shift: a view where they are consecutive, a copy where strided."""
     if positions[-1] - positions[0] + 1 == len(positions):
         return tensor.narrow(axis, positions[0] + shift, len(positions))
     return tensor.index_select(axis, torch.tensor(positions, device=tensor.device) + shift)
@@ -156,7 +156,7 @@ def _cosines(pooled_BUVD: torch.Tensor, texts_CE: torch.Tensor, head: Head) -> t
 
 
 def _mean_over_cover(centres: list[int], length: int, radius: int, like: torch.Tensor) -> torch.Tensor:
-    """Matrix (cells, centres) that averages over the windows covering a cell; windows are square, so axes separate."""
+    """Matrix (cells, centres) that averages over the windows covering a cell; the two axes separate."""
     cells = torch.arange(length, device=like.device)
     covers = (cells[:, None] - torch.tensor(centres, device=like.device)).abs() <= radius
     return covers.to(like.dtype) / covers.sum(dim=1, keepdim=True)

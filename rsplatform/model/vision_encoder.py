@@ -83,7 +83,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.query_Kd = nn.Parameter(torch.empty(num_heads, width // num_heads))
-        self.key = nn.Linear(width, width, bias=False)  # a key bias is the same for all tokens: softmax drops it
+        self.key = nn.Linear(
+            width, width, bias=False
+        )  # a key bias is the same for all tokens: softmax drops it
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)

@@ -13,10 +13,11 @@ from shapely.geometry.base import BaseGeometry
 
 from rsplatform.world import palettes
 from rsplatform.world.land import Draft, Feature, polygons_of
+from rsplatform.world.sites import open_ground
 
 Box = tuple[float, float, float, float]
 LARGEST_BLOCK_M = 560.0
-USE_SHARES = {"fields": 0.40, "town": 0.24, "forest": 0.20, "open": 0.16}
+USE_SHARES = {"fields": 0.40, "town": 0.28, "forest": 0.20, "open": 0.12}
 
 
 class Frame:
@@ -61,7 +62,8 @@ def split_box(draft: Draft, box: Box, largest_m: float, cuts: list[tuple[float, 
 
 def lay_blocks(draft: Draft) -> None:
     """Roads between blocks, then each block by its use."""
-    frame = Frame(draft)
+    frame, sites = Frame(draft), list(draft.features)
+    draft.features.clear()
     reach = 1.5 * draft.half_m
     cuts: list[Box] = []
     boxes = split_box(draft, (-reach, -reach, reach, reach), LARGEST_BLOCK_M, cuts)
@@ -74,18 +76,14 @@ def lay_blocks(draft: Draft) -> None:
         use = uses[int(draft.rng.choice(len(uses), p=list(USE_SHARES.values())))]
         if frame.shape(shapely.box(*box)).intersects(window):
             _fill_block(draft, frame, box, use)
-    draft.features[:] = _outside(draft.features, claimed, window)
-    draft.features.extend(_outside(roads, claimed, window))
+    draft.features[:] = sites + _outside(draft.features + roads, claimed, window)
 
 
 def _outside(features: list[Feature], claimed: BaseGeometry, window: BaseGeometry) -> list[Feature]:
-    """The features inside the window, less claimed ground. Large things stay whole; cut houses go altogether."""
+    """The features inside the window, less claimed ground; cut houses go altogether."""
     kept: list[Feature] = []
-    own_ground = (palettes.WATER, palettes.HARBOUR, palettes.RUNWAY, palettes.STADIUM)
     for feature in features:
-        if feature.class_id in own_ground:
-            kept.append(feature)
-        elif not feature.geometry.intersects(window):
+        if not feature.geometry.intersects(window):
             continue
         elif not claimed.intersects(feature.geometry):
             kept.append(feature)
@@ -119,7 +117,7 @@ def _fill_block(draft: Draft, frame: Frame, box: Box, use: str) -> None:
     elif use == "forest":
         _forest(draft, frame, inner)
     else:
-        _open_ground(draft, frame, inner)
+        draft.features.append(open_ground(draft, frame.shape(shapely.box(*inner)), draft.number(0, 0.35)))
 
 
 def _fields(draft: Draft, frame: Frame, box: Box) -> None:
@@ -163,26 +161,12 @@ def _forest(draft: Draft, frame: Frame, box: Box) -> None:
         )
 
 
-def _open_ground(draft: Draft, frame: Frame, box: Box) -> None:
-    """Grass, scrub or bare ground: background, so it is painted but is no landmark."""
-    draft.features.append(
-        Feature(
-            palettes.BACKGROUND,
-            "open",
-            frame.shape(shapely.box(*box)),
-            palettes.draw_class_colour(draft.rng, palettes.BACKGROUND),
-            texture=(draft.number(0.0, 0.35), 0.0, 0.0),
-            seed=draft.seed(),
-        )
-    )
-
-
 def _town(draft: Draft, frame: Frame, box: Box) -> None:
     """Streets in a grid with buildings of one size in rows between them."""
-    _open_ground(draft, frame, box)
-    large = draft.rng.random() < 0.45
-    length, depth = (draft.number(36, 60), draft.number(24, 42)) if large else (draft.number(16, 28), draft.number(12, 18))
-    gap = draft.number(9, 14) if large else draft.number(4, 8)
+    draft.features.append(open_ground(draft, frame.shape(shapely.box(*box)), draft.number(0, 0.25)))
+    large = draft.rng.random() < 0.5
+    length, depth = (draft.number(36, 60), draft.number(24, 42)) if large else (draft.number(18, 30), draft.number(14, 20))
+    gap = draft.number(6, 10) if large else draft.number(3, 5)
     left, bottom, right, top = box
     street_step = 2 * (depth + gap) + 11
     palette_pair = [palettes.draw_palette(draft.rng, palettes.BUILDING) for _ in range(3)]
@@ -201,7 +185,7 @@ def _town(draft: Draft, frame: Frame, box: Box) -> None:
 def _building(
     draft: Draft, frame: Frame, centre: tuple[float, float], size: tuple[float, float], palette: str
 ) -> None:
-    size = (size[0] * draft.number(0.82, 1.0), size[1] * draft.number(0.82, 1.0))
+    size = (size[0] * draft.number(0.85, 1.0), size[1] * draft.number(0.85, 1.0))
     corner = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array(size) / 2 + np.array(centre)
     points = frame.to_land(corner)
     middle = points.mean(axis=0)

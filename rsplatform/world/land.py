@@ -16,7 +16,7 @@ from rsplatform.world.names import draw_name
 
 @dataclass(frozen=True)
 class Feature:
-    """One thing on the land. `geometry` is a polygon, or a line with `width_m` for roads and rivers' bridges."""
+    """One thing on the land. `geometry` is a polygon, or a line with `width_m` for roads."""
 
     class_id: int
     kind: str
@@ -29,6 +29,7 @@ class Feature:
     height_m: float = 0.0
     width_m: float = 0.0
     texture: tuple[float, float, float] = (0.0, 0.0, 0.0)  # meaning depends on the class, see textures.py
+    second_colour: tuple[float, float, float] = (0.0, 0.0, 0.0)  # a harbour's water
     seed: int = 0
 
     @property

@@ -18,19 +18,20 @@ PALETTE_RGB = {
     "brown": (122, 96, 74),
     "green": (100, 122, 72),
     "dark_green": (62, 82, 56),
-    "dark_wet": (58, 68, 72),
+    "dark_wet": (56, 66, 66),
 }
 
+# A palette named twice is twice as likely: woods are more often green than tan.
 CLASS_PALETTES = {
-    BACKGROUND: ("green", "tan", "brown", "asphalt", "dark_green", "pale", "dark_wet", "concrete"),
-    FIELD: ("green", "tan", "brown", "dark_green", "pale", "dark_wet", "asphalt"),
-    WATER: ("dark_wet", "dark_green", "brown", "asphalt", "green", "tan", "concrete"),
-    ROAD: ("asphalt", "concrete", "tan", "brown", "pale", "dark_wet", "green"),
-    BUILDING: ("asphalt", "concrete", "brown", "tan", "pale", "dark_wet", "green", "dark_green"),
-    RUNWAY: ("asphalt", "concrete", "dark_wet", "tan", "brown", "green", "pale"),
-    STADIUM: ("green", "tan", "brown", "dark_green", "asphalt", "concrete"),
+    BACKGROUND: ("green", "green", "tan", "brown", "asphalt", "dark_green", "pale", "dark_wet", "concrete"),
+    FIELD: ("green", "green", "tan", "tan", "brown", "dark_green", "pale", "dark_wet", "asphalt"),
+    WATER: ("dark_wet", "dark_wet", "dark_green", "dark_green", "brown", "asphalt", "green", "tan"),
+    ROAD: ("asphalt", "asphalt", "concrete", "tan", "brown", "pale", "dark_wet"),
+    BUILDING: ("asphalt", "concrete", "brown", "brown", "tan", "pale", "dark_wet", "green"),
+    RUNWAY: ("asphalt", "asphalt", "concrete", "dark_wet", "tan", "brown", "green"),
+    STADIUM: ("green", "green", "tan", "brown", "dark_green", "asphalt"),
     HARBOUR: ("concrete", "asphalt", "tan", "brown", "pale", "dark_wet"),
-    FOREST: ("dark_green", "green", "brown", "dark_wet", "tan", "asphalt", "pale"),
+    FOREST: ("dark_green", "dark_green", "green", "green", "brown", "dark_wet", "tan", "asphalt"),
 }
 
 
@@ -43,7 +44,7 @@ def draw_palette(rng: np.random.Generator, class_id: int) -> str:
 def draw_colour(rng: np.random.Generator, palette: str) -> tuple[float, float, float]:
     """One instance's RGB (0-255): the palette's colour, lighter or darker, with a slight own hue."""
     lightness = rng.normal(0, 9)
-    red, green, blue = (value + lightness + rng.normal(0, 5) for value in PALETTE_RGB[palette])
+    red, green, blue = (value + lightness + rng.normal(0, 3) for value in PALETTE_RGB[palette])
     return float(np.clip(red, 20, 235)), float(np.clip(green, 20, 235)), float(np.clip(blue, 20, 235))
 
 

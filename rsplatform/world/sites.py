@@ -13,9 +13,10 @@ from shapely.geometry.base import BaseGeometry
 from rsplatform.world import palettes
 from rsplatform.world.land import Draft, Feature, ellipse, rectangle
 
-STADIUMS_PER_KM2 = 0.5
+STADIUMS_PER_KM2 = 0.42
 RUNWAYS_PER_KM2 = 0.3
-HARBOURS_PER_KM_SHORE = 1.3
+HARBOURS_PER_KM_SHORE = 1.0
+MOST_HARBOURS = 3
 LAKES_PER_KM2 = 0.25
 TRIES_PER_SITE = 30
 
@@ -29,12 +30,12 @@ def _area_km2(draft: Draft) -> float:
     return (2 * draft.half_m / 1000) ** 2
 
 
-def _water(draft: Draft, kind: str, polygon: BaseGeometry) -> Feature:
+def _water(draft: Draft, kind: str, polygon: BaseGeometry, colour: tuple[float, float, float]) -> Feature:
     return Feature(
         palettes.WATER,
         kind,
         polygon,
-        palettes.draw_class_colour(draft.rng, palettes.WATER),
+        colour,
         name=draft.name(kind),
         angle=draft.number(0, math.pi),
         texture=(draft.number(18, 36), draft.number(0.008, 0.02), 0.0),
@@ -71,23 +72,27 @@ def place_large_water(draft: Draft) -> None:
     polygon = shapely.Polygon(_turn(outline, angle)).buffer(0)
     window = shapely.box(-draft.half_m, -draft.half_m, draft.half_m, draft.half_m)
     polygon = polygon.intersection(window)
-    harbours = _harbours(draft, _turn(shore, angle), dug)
+    colour = palettes.draw_class_colour(draft.rng, palettes.WATER)
+    harbours = _harbours(draft, _turn(shore, angle), dug, colour)
     ground = shapely.union_all([harbour.geometry for harbour in harbours])
     for part in shapely.get_parts(polygon.difference(ground)):
-        draft.features.append(_water(draft, kind, part))
+        draft.features.append(_water(draft, kind, part, colour))
     draft.features.extend(harbours)
     draft.claims += [polygon.buffer(25), *(harbour.geometry.buffer(15) for harbour in harbours)]
 
 
-def _harbours(draft: Draft, shore_P2: NDArray[np.float64], dug: float) -> list[Feature]:
+def _harbours(
+    draft: Draft, shore_P2: NDArray[np.float64], dug: float, water_colour: tuple[float, float, float]
+) -> list[Feature]:
     """Harbours on a shore whose water lies to the left of the way along it; `dug` is the share behind the shore."""
     inside = np.abs(shore_P2).max(axis=1) < 0.97 * draft.half_m
     points = shore_P2[inside]
     harbours: list[Feature] = []
     if len(points) < 12:
         return harbours
+    wanted = min(MOST_HARBOURS, max(1, round(len(points) * 15 / 1000 * HARBOURS_PER_KM_SHORE)))
     for _ in range(TRIES_PER_SITE):
-        if len(harbours) >= max(1, round(len(points) * 15 / 1000 * HARBOURS_PER_KM_SHORE)):
+        if len(harbours) >= wanted:
             break
         at = int(draft.rng.integers(5, len(points) - 5))
         step = points[at + 5] - points[at - 5]
@@ -98,29 +103,28 @@ def _harbours(draft: Draft, shore_P2: NDArray[np.float64], dug: float) -> list[F
         shape = rectangle(centre, (depth, width), to_water)
         if any(shape.distance(other.geometry) < 80 for other in harbours):
             continue
-        harbours.append(_harbour(draft, shape, centre, (depth, width), to_water))
+        harbour = Feature(
+            palettes.HARBOUR,
+            "harbour",
+            shape,
+            palettes.draw_class_colour(draft.rng, palettes.HARBOUR),
+            name=draft.name("harbour"),
+            angle=to_water,
+            centre_xy=centre,
+            size_m=(depth, width),
+            texture=(draft.number(38, 52), draft.number(7, 10), draft.number(0.2, 0.3)),
+            second_colour=water_colour,
+            seed=draft.seed(),
+        )
+        harbours.append(harbour)
     return harbours
 
 
-def _harbour(
-    draft: Draft,
-    shape: BaseGeometry,
-    centre_xy: tuple[float, float],
-    size_m: tuple[float, float],
-    angle: float,
-) -> Feature:
-    return Feature(
-        palettes.HARBOUR,
-        "harbour",
-        shape,
-        palettes.draw_class_colour(draft.rng, palettes.HARBOUR),
-        name=draft.name("harbour"),
-        angle=angle,
-        centre_xy=centre_xy,
-        size_m=size_m,
-        texture=(draft.number(38, 52), draft.number(7, 10), draft.number(0.2, 0.3)),
-        seed=draft.seed(),
-    )
+def open_ground(draft: Draft, shape: BaseGeometry, bush_density: float) -> Feature:
+    """Grass, scrub or bare ground: background, so it is painted but is no landmark."""
+    colour = palettes.draw_class_colour(draft.rng, palettes.BACKGROUND)
+    texture = (bush_density, 0.0, 0.0)
+    return Feature(palettes.BACKGROUND, "open", shape, colour, texture=texture, seed=draft.seed())
 
 
 def place_runways(draft: Draft) -> None:
@@ -131,6 +135,7 @@ def place_runways(draft: Draft) -> None:
             size, angle = (draft.number(1200, 2200), draft.number(42, 60)), draft.number(0, math.pi)
             strip = rectangle(centre, (size[0] + 160, size[1] + 150), angle)
             if draft.is_free(strip):
+                draft.features.append(open_ground(draft, strip, 0.03))
                 _add_runway(draft, centre, size, angle)
                 draft.claims.append(strip)
                 break
@@ -195,6 +200,7 @@ def place_lakes(draft: Draft) -> None:
             reach = radius * (1 + 0.2 * np.sin(2 * turn + draft.number(0, 6)) + 0.1 * np.sin(5 * turn + draft.number(0, 6)))
             shape = shapely.Polygon(np.stack([np.cos(turn) * reach, np.sin(turn) * reach], 1) + centre)
             if draft.is_free(shape.buffer(20)):
-                draft.features.append(_water(draft, "lake", shape))
+                colour = palettes.draw_class_colour(draft.rng, palettes.WATER)
+                draft.features.append(_water(draft, "lake", shape, colour))
                 draft.claims.append(shape.buffer(12))
                 break

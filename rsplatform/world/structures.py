@@ -102,11 +102,9 @@ def _harbour(canvas: Canvas, pixels: Pixels, frame: tuple[Floats, Floats], featu
     spacing, pier_width, quay_share = feature.texture
     from_land = along + depth / 2
     quay = depth * quay_share
-    rng = np.random.default_rng(feature.seed)
-    water = palettes.draw_class_colour(rng, palettes.WATER)
     on_pier = (np.mod(across, spacing) < pier_width) & (from_land < depth * 0.9)
     basin = (from_land > quay) & ~on_pier
-    canvas.cover(pixels[basin], water)
+    canvas.cover(pixels[basin], feature.second_colour)
     canvas.shade(pixels, np.where(basin, 1.0, 0.95 + 0.1 * cell_values(_cells(along, 12), _cells(across, 12), 3)))
     shadow = basin & (np.mod(across, spacing) < pier_width + 2.5)
     canvas.shade(pixels[shadow], np.full(int(shadow.sum()), 0.6, np.float32))

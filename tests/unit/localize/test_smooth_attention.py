@@ -45,19 +45,18 @@ def _double_and_seeded():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    height=st.integers(1, 7),
-    width=st.integers(1, 7),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     heads=st.sampled_from([1, 2]),
     window=st.sampled_from([1, 3, 5, 9, 101]),
     stride=st.integers(1, 5),
     spread=st.sampled_from([0.0, 1.0, 100.0]),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_slow_loop(height, width, heads, window, stride, spread, seed):
+def test_equals_the_slow_loop(grid, heads, window, stride, spread, seed):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(2, height, width, 6, generator=generator)
+    values = torch.randn(2, *grid, 6, generator=generator)
     texts = F.normalize(torch.randn(3, 5, generator=generator), dim=-1)
-    scores = spread * (2 * torch.rand(2, heads, height, width, generator=generator) - 1)
+    scores = spread * (2 * torch.rand(2, heads, *grid, generator=generator) - 1)
     head = torch.nn.Sequential(torch.nn.LayerNorm(6), torch.nn.Linear(6, 5))
     stride = min(stride, window)
     expected = slow_maps(values, texts, head, scores, window, stride)

@@ -1,0 +1,96 @@
+"""The only way to pixels: untrusted image bytes -> uint8 RGB -> square crop -> normalised float tensor.
+
+In: JPEG, PNG or WEBP bytes. Out: numpy uint8 (H, W, 3) or torch float (B, 3, H, W). EXIF orientation is ignored
+on purpose: overhead images have no "up", and training and serving must agree. Does not read GeoTIFF or URLs.
+Shapes: B batch, H W pixels, C channels (red, green, blue).
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_IMAGE_PIXELS = 64 * 10**6
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class ImageError(ValueError):
+    """Bytes that are no acceptable picture; `reason` is one word for the ledger, the message says more."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, max_bytes: int = MAX_IMAGE_BYTES
+) -> np.ndarray:
+    """Decode JPEG, PNG or WEBP bytes to uint8 (H, W, 3) RGB; alpha is dropped, 16-bit grey is scaled to 8.
+
+    Raises:
+        ImageError: reason empty | too_many_bytes | too_many_pixels | unreadable (another format, damaged, cut off).
+    """
+    if not data:
+        raise ImageError("empty", "no bytes")
+    if len(data) > max_bytes:
+        raise ImageError("too_many_bytes", f"{len(data)} bytes, at most {max_bytes} are accepted")
+    try:
+        # a bomb is refused from its header, before any pixel is made
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap follows
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError("too_many_pixels", f"{width}x{height} px, at most {max_pixels} are accepted")
+        if image.format == "JPEG" and image.mode == "RGB":
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return _to_rgb(image)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", str(error)) from error
+    except (
+        Exception
+    ) as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, … on bad bytes
+        raise ImageError("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    image.load()
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
+        grey_HW = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey_HW[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def resize_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """Shortest side to `size` pixels (bicubic, antialiased), centre crop -> uint8 (size, size, 3); deterministic."""
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or 0 in image_HWC.shape:
+        raise ValueError(f"expected a uint8 (H, W, 3) picture, got {image_HWC.dtype} {image_HWC.shape}")
+    height, width = image_HWC.shape[:2]
+    if height == width == size:
+        return image_HWC
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    # resampling the centre square alone gives resize-then-crop without the pixels that would be cropped away
+    square = Image.fromarray(image_HWC).resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+    )
+    return np.array(square)
+
+
+def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), (value / 255 - mean) / std, on the images' own device."""
+    if images_BHWC.dtype != torch.uint8 or images_BHWC.ndim != 4 or images_BHWC.shape[3] != 3:
+        raise ValueError(f"expected uint8 (B, H, W, 3), got {images_BHWC.dtype} {tuple(images_BHWC.shape)}")
+    mean_C = torch.tensor(mean, dtype=torch.float32, device=images_BHWC.device)
+    std_C = torch.tensor(std, dtype=torch.float32, device=images_BHWC.device)
+    scaled_BHWC = torch.addcmul(-mean_C / std_C, images_BHWC.float(), 1 / (255 * std_C))
+    return scaled_BHWC.permute(0, 3, 1, 2)

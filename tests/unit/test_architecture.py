@@ -1,0 +1,163 @@
+"""The house rules that a machine can check: directions of imports, the rims, sizes and names."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "rsplatform"
+
+# Lower rooms may not import higher ones. The floor is what every room stands on.
+FLOOR = {"records", "geo", "config", "cluster", "storage", "artifacts", "ledger", "tracking", "stage", "runtime", "cli"}
+FLOW = ["world", "sources", "model", "curate", "dataset", "train", "localize", "evaluate", "index", "serve", "demo"]
+
+RAY_RIM = {
+    "runtime.py",
+    "curate/pipeline.py",
+    "train/worker.py",
+    "train/launch.py",
+    "train/sweep.py",
+    "index/build.py",
+    "localize/pipeline.py",
+    "serve/app.py",
+}
+MLFLOW_RIM = {"tracking.py"}
+DEEPSPEED_RIM = {"train/deepspeed.py"}
+
+# These run on a GPU machine that has torch and nothing of ours but themselves.
+TORCH_ONLY = ["model", "train/pretrain.py", "train/optimizer.py", "train/engine.py", "localize/smooth_attention.py"]
+TORCH_ONLY_ALLOWED = {"torch", "numpy", "PIL", "simplejpeg", "safetensors", "tokenizers"}
+TORCH_ONLY_ROOMS = {"rsplatform.model", "rsplatform.train", "rsplatform.localize.smooth_attention"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module name that a file imports, at any depth of the code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize(("library", "rim"), [("ray", RAY_RIM), ("mlflow", MLFLOW_RIM), ("deepspeed", DEEPSPEED_RIM)])
+def test_libraries_stay_at_their_rim(library: str, rim: set[str]) -> None:
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in modules()
+        if any(name.split(".")[0] == library for name in imported(path))
+    }
+    assert users <= rim, f"{library} is imported outside its rim by {sorted(users - rim)}"
+
+
+def test_imports_follow_the_flow() -> None:
+    wrong = []
+    for path in modules():
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for name in imported(path):
+            target = room(name) if name.startswith("rsplatform.") else ""
+            if own in FLOOR and target in FLOW:
+                wrong.append(f"{path.name}: the floor imports {name}")
+            if own in FLOW and target in FLOW and FLOW.index(target) > FLOW.index(own):
+                wrong.append(f"{path.relative_to(PACKAGE)}: {own} imports {target}, which comes later")
+    assert not wrong, wrong
+
+
+def test_every_module_has_a_place() -> None:
+    names = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()} - {"__init__"}
+    assert names <= FLOOR | set(FLOW), f"unknown rooms: {names - FLOOR - set(FLOW)}"
+
+
+def test_core_runs_where_only_torch_is() -> None:
+    wrong = []
+    for place in TORCH_ONLY:
+        target = PACKAGE / place
+        for path in sorted(target.rglob("*.py")) if target.is_dir() else [target]:
+            for name in imported(path):
+                if not _is_core_friend(name):
+                    wrong.append(f"{path.name}: {name}")
+    assert not wrong, f"the core may import only torch and its few friends: {wrong}"
+
+
+def _is_core_friend(name: str) -> bool:
+    top = name.split(".")[0]
+    if top == "rsplatform":
+        return any(name.startswith(room) for room in TORCH_ONLY_ROOMS)
+    return top in sys.stdlib_module_names or top in TORCH_ONLY_ALLOWED
+
+
+def test_nothing_is_imported_relatively_and_no_room_is_called_utils() -> None:
+    for path in modules():
+        assert path.stem not in {"utils", "util", "helpers", "common", "misc"}, path
+        relative = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+        assert not relative, path
+
+
+def test_files_and_functions_stay_small() -> None:
+    long = []
+    for path in [*modules(), *sorted((REPOSITORY / "jobs").glob("*.py"))]:
+        text = path.read_text()
+        if text.count("\n") > 300:
+            long.append(f"{path.relative_to(REPOSITORY)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                limit = 80 if path.name == "pretrain.py" else 40
+                if length > limit:
+                    long.append(f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}: {length} lines")
+    assert not long, long
+
+
+def test_modules_hold_only_definitions() -> None:
+    """Importing a module does no work: no calls at module level but constants and `__main__`."""
+    allowed = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert isinstance(node, allowed) or is_docstring, f"{path}:{node.lineno} does work at import"
+
+
+def test_at_most_two_rules_are_silenced() -> None:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    marks = ("# " + "noqa", "# " + "type: ignore", "# " + "pyright: ignore")
+    silenced = [
+        f"{name}:{number}"
+        for name in tracked.stdout.split()
+        if (REPOSITORY / name).exists()
+        for number, line in enumerate((REPOSITORY / name).read_text().splitlines(), 1)
+        if any(mark in line for mark in marks)
+    ]
+    assert len(silenced) <= 2, silenced
+
+
+def test_jobs_are_short_and_runnable() -> None:
+    jobs = sorted((REPOSITORY / "jobs").glob("*.py"))
+    names = {path.stem for path in jobs}
+    expected = (
+        "ingest_scenes train_overhead filter_web caption build_dataset pretrain tune evaluate build_index localize"
+    )
+    assert set(expected.split()) | {"self_train", "serve", "demo"} <= names
+    for path in jobs:
+        assert len(path.read_text().splitlines()) <= 25, path
+        assert path.read_text().startswith("#!"), path
+        assert path.stat().st_mode & 0o111, f"{path} lacks the run bit"

@@ -1,0 +1,117 @@
+"""Recipes: overrides, frozen values, and errors that name the key and the nearest valid one."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from rsplatform.cluster import Cluster, load_cluster
+from rsplatform.config import Config, ConfigError, InputArtifact, InputPath, StageConfig, iter_inputs, load_config
+
+
+class Schedule(Config):
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+
+
+class Chips(Config):
+    type: Literal["chips"] = "chips"
+    chips: InputArtifact
+    extra: list[InputPath] = []
+
+
+class Web(Config):
+    type: Literal["web"] = "web"
+    folder: InputPath | None = None
+
+
+class Recipe(StageConfig):
+    train: Schedule = Schedule()
+    sources: list[Annotated[Chips | Web, Field(discriminator="type")]] = []
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_reach_nested_keys_with_yaml_types(tmp_path: Path) -> None:
+    path = write(tmp_path, "output: model/a/v1\ntrain: {warmup_steps: 5}\n")
+    recipe = load_config(Recipe, path, ["train.learning_rate=0.01", "output=model/a/v2"])
+    assert recipe.train == Schedule(learning_rate=0.01, warmup_steps=5)
+    assert recipe.output == "model/a/v2"
+
+
+def test_recipes_are_frozen(tmp_path: Path) -> None:
+    recipe = load_config(Recipe, write(tmp_path, "output: model/a/v1\n"))
+    with pytest.raises(ValidationError):
+        recipe.__setattr__("output", "model/b/v1")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("output: model/a/v1\ntrian: {}\n", [], ["trian", "train"]),
+        ("output: model/a/v1\ntrain: {warmup_step: 1}\n", [], ["train.warmup_step", "warmup_steps"]),
+        ("output: model/a/v1\n", ["train.learnin_rate=1"], ["train.learnin_rate", "learning_rate"]),
+        ("output: model/a/v1\nsources: [{type: chips, chip: c/d/e, chips: a/b/c}]\n", [], ["chip", "chips"]),
+        ("train: {}\n", [], ["missing key 'output'"]),
+        ("output: no-slashes\n", [], ["output", "no-slashes"]),
+        ("output: model/a/v1\n", ["train.warmup_steps"], ["key.path=value"]),
+        ("output: model/a/v1\n", ["output.deep=1"], ["output", "holds a value"]),
+        ("output: model/a/v1\ntrain: {learning_rate: .nan}\n", [], ["learning_rate"]),
+        ("", [], ["empty"]),
+        ("- a\n- b\n", [], ["mapping"]),
+        ("a: [\n", [], ["not valid YAML"]),
+    ],
+)
+def test_bad_recipes_name_the_field_and_the_remedy(
+    tmp_path: Path, text: str, overrides: list[str], words: list[str]
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        load_config(Recipe, path, overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load_config(Recipe, "nowhere.yaml")
+
+
+def test_inputs_are_found_through_lists_unions_and_optionals() -> None:
+    recipe = Recipe(
+        output="dataset/a/v1",
+        sources=[Chips(chips="chips/a/v1", extra=["one", "two"]), Web(folder="photos"), Web()],
+    )
+    assert list(iter_inputs(recipe)) == [
+        ("sources.0.chips", "chips/a/v1", True),
+        ("sources.0.extra.0", "one", False),
+        ("sources.0.extra.1", "two", False),
+        ("sources.1.folder", "photos", False),
+    ]
+
+
+def test_cluster_files_hold_placement_under_metadata(tmp_path: Path) -> None:
+    path = write(tmp_path, "cluster_name: a\nprovider: {type: local}\nmetadata: {rsplatform: {root: ./art}}\n")
+    cluster = load_cluster(path, ["train.num_workers=4"])
+    assert Path(cluster.root).is_absolute()
+    assert cluster.train.num_workers == 4
+    with pytest.raises(ConfigError, match="num_worker.*num_workers"):
+        load_cluster(path, ["train.num_worker=4"])
+    with pytest.raises(ConfigError, match=r"metadata\.rsplatform"):
+        load_cluster(write(tmp_path, "cluster_name: a\n"))
+
+
+def test_inputs_resolve_to_artifacts_data_root_or_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RSPLATFORM_TEST_DATA", raising=False)
+    cluster = Cluster(root="/art", data_root="/data")
+    assert cluster.resolve("artifact://world/demo/v1/scenes") == "/art/world/demo/v1/scenes"
+    assert cluster.resolve("rsicd") == "/data/rsicd"
+    assert cluster.resolve("s3://bucket/x") == "s3://bucket/x"
+    assert cluster.resolve("/abs") == "/abs"
+    with pytest.raises(ConfigError, match="data_root"):
+        Cluster(root="/art").resolve("rsicd")
