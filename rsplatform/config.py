@@ -67,12 +67,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give the path of a recipe, e.g. configs/demo/world.yaml")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _loader_of(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"{path}: empty or not a mapping of `key: value` lines")
     return values
+
+
+def _loader_of(path: Path) -> type[yaml.SafeLoader]:
+    """YAML's safe loader with one addition: `!recipe other.yaml` puts that file, relative to `path`, in its place."""
+
+    class RecipeLoader(yaml.SafeLoader):
+        pass
+
+    def include(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> dict[str, Any]:
+        return read_yaml(path.parent / str(loader.construct_scalar(node)))
+
+    RecipeLoader.add_constructor("!recipe", include)
+    return RecipeLoader
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -147,7 +160,10 @@ def _flatten(annotation: Any) -> list[Any]:
 
 
 def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, bool]]:
-    """Every input that a recipe names, as (field path, value, is_artifact); sections and lists are walked."""
+    """Every input that a recipe names, as (field path, value, is_artifact); sections and lists are walked.
+
+    A section that is a job of its own (the demo composes them) has its own inputs and is left out.
+    """
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         path = f"{prefix}{name}"
@@ -158,7 +174,7 @@ def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str,
         element_marker = _element_marker(field.annotation)
         for index, item in enumerate(items):
             label = f"{path}.{index}" if isinstance(value, list | tuple) else path
-            if isinstance(item, BaseModel):
+            if isinstance(item, BaseModel) and not isinstance(item, StageConfig):
                 yield from iter_inputs(item, f"{label}.")
             elif element_marker and isinstance(item, str) and not markers:
                 yield label, item, element_marker.is_artifact

@@ -6,6 +6,7 @@ and endpoint come from the standard AWS environment (AWS_ENDPOINT_URL_S3, AWS_RE
 
 import json
 import os
+import tempfile
 import uuid
 from functools import cache
 from pathlib import Path
@@ -203,3 +204,15 @@ def download_folder(uri: str, folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(read_bytes(f"{uri}/{relative}"))
     return folder
+
+
+def local_folder(uri: str) -> Path:
+    """A local folder with the files below `uri`: itself if local, else a copy in a temporary folder, made once."""
+    if not is_s3(uri):
+        return Path(uri.removeprefix("file://"))
+    return _downloaded(uri)
+
+
+@cache
+def _downloaded(uri: str) -> Path:
+    return download_folder(uri, Path(tempfile.mkdtemp(prefix="rsplatform-")))

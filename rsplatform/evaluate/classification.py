@@ -30,7 +30,7 @@ class ClassificationScores:
 
 
 def class_prompts(class_names: Sequence[str], prompt: str = PROMPT) -> tuple[str, ...]:
-    """One text per class. Raises ValueError for repeated or under two names, or a prompt without its place."""
+    """One text per class. Raises ValueError for repeated or too few names or a prompt without its place."""
     if len(class_names) < 2 or len(set(class_names)) < len(class_names):
         raise ValueError(f"class_names must be two or more different names, got {list(class_names)}")
     if "{class name}" not in prompt:
@@ -85,9 +85,7 @@ def _batches(images: Iterable, expected: int) -> Iterator[tuple[int, list]]:
         if start > expected:
             break
     if start != expected:
-        raise ValueError(
-            f"got {'more than ' if start > expected else ''}{start} images for {expected} labels"
-        )
+        raise ValueError(f"got {'more than ' if start > expected else ''}{start} images for {expected} labels")
 
 
 def _is_nearest(images_IE: np.ndarray, texts_CE: np.ndarray, labels_I: np.ndarray) -> np.ndarray:

@@ -62,9 +62,7 @@ def chance_recall(num_images: int, num_texts: int, ks: Sequence[int] = (1, 5, 10
     probability 1 - C(T - m, k) / C(T, k). Raises ValueError for counts or k below 1.
     """
     if min(num_images, num_texts, *ks) < 1:
-        raise ValueError(
-            f"counts and k must be at least 1, got {num_images} images, {num_texts} texts, ks {ks}"
-        )
+        raise ValueError(f"counts and k must be at least 1, got {num_images} images, {num_texts} texts, ks {ks}")
     fewest, images_with_one_more = divmod(num_texts, num_images)
     counts = {fewest: num_images - images_with_one_more, fewest + 1: images_with_one_more}
     asked = {texts: images for texts, images in counts.items() if texts > 0 and images > 0}
@@ -95,9 +93,7 @@ def unit_rows(embeddings: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be a non-empty table of (rows, width), got shape {rows.shape}")
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
-        raise ValueError(
-            f"{name} holds NaN or infinity in {bad.sum()} rows, the first is row {int(bad.argmax())}"
-        )
+        raise ValueError(f"{name} holds NaN or infinity in {bad.sum()} rows, the first is row {int(bad.argmax())}")
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms == 0, 1, norms)
 
@@ -116,9 +112,7 @@ def _checked_index(
             f"image_of_text_T must hold one integer for each of {len(texts_TD)} texts, got {index_T.shape}"
         )
     if index_T.min() < 0 or index_T.max() >= len(images_ID):
-        raise ValueError(
-            f"image_of_text_T must lie in 0…{len(images_ID) - 1}, got {index_T.min()}…{index_T.max()}"
-        )
+        raise ValueError(f"image_of_text_T must lie in 0…{len(images_ID) - 1}, got {index_T.min()}…{index_T.max()}")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks must be one or more ranks of at least 1, got {ks}")
     return index_T

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rsplatform.localize.decide import BACKGROUND, NO_DATA, label_pixels
 from rsplatform.localize.smooth_attention import upsample
-
-BACKGROUND = 0
-IGNORED = 255
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,12 @@ class SegmentationScores:
 
 
 class ConfusionMatrix:
-    """Counts of (true class, predicted class) over any number of pictures, in memory that they do not change."""
+    """Counts of (true class, predicted class) over any number of pictures in constant memory."""
 
-    def __init__(self, num_classes: int, ignore_id: int = IGNORED) -> None:
+    def __init__(self, num_classes: int, ignore_id: int = NO_DATA) -> None:
         """Classes are 0…num_classes - 1; pixels whose mask is `ignore_id` count nowhere."""
         if num_classes < 2 or 0 <= ignore_id < num_classes:
-            raise ValueError(
-                f"need two classes and an ignore_id that is none, got {num_classes} and {ignore_id}"
-            )
+            raise ValueError(f"need two classes and an ignore_id that is none, got {num_classes} and {ignore_id}")
         self.num_classes = num_classes
         self.ignore_id = ignore_id
         self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
@@ -49,14 +45,12 @@ class ConfusionMatrix:
         true, predicted = mask_HW[counted].astype(np.int64), predicted_HW[counted].astype(np.int64)
         for name, ids in (("mask", true), ("prediction", predicted)):
             if ids.size and not 0 <= ids.min() <= ids.max() < self.num_classes:
-                raise ValueError(
-                    f"{name} holds {ids.min()}…{ids.max()}, classes are 0…{self.num_classes - 1}"
-                )
+                raise ValueError(f"{name} holds {ids.min()}…{ids.max()}, classes are 0…{self.num_classes - 1}")
         pairs = np.bincount(true * self.num_classes + predicted, minlength=self.num_classes**2)
         self.counts += pairs.reshape(self.num_classes, self.num_classes)
 
     def scores(self) -> SegmentationScores:
-        """IoU over all pictures together; a class absent from the masks has none (its false alarms cost the rest).
+        """IoU over all pictures together; an absent class has none (its false alarms cost the rest).
 
         Raises ValueError if no pixel was counted: there is no mean of nothing.
         """
@@ -74,9 +68,7 @@ class ConfusionMatrix:
         )
 
 
-def decide(
-    maps_PHW: torch.Tensor | np.ndarray, class_of_prompt: Sequence[int], size: tuple[int, int]
-) -> np.ndarray:
+def decide(maps_PHW: torch.Tensor | np.ndarray, class_of_prompt: Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """Each pixel gets the class of its best prompt: uint8 labels of `size` (height, width).
 
     Several prompts may stand for one class, above all for the background (class 0). Maps are upsampled before
@@ -84,21 +76,9 @@ def decide(
     fitted.
     """
     maps = torch.as_tensor(maps_PHW, dtype=torch.float32)
-    if maps.ndim != 3 or len(class_of_prompt) != len(maps) or not len(maps):
-        raise ValueError(
-            f"need maps (P, H, W) and a class for each of P prompts, got {tuple(maps.shape)} and "
-            f"{len(class_of_prompt)} classes"
-        )
-    if not 0 <= min(class_of_prompt) <= max(class_of_prompt) < IGNORED:
-        raise ValueError(
-            f"class_of_prompt must hold class ids in 0…{IGNORED - 1}, got {sorted(set(class_of_prompt))}"
-        )
-    if not torch.isfinite(maps).all():
-        raise ValueError("maps hold NaN or infinity: no class can be decided from them")
-    stretched = upsample(maps[None], size)[0]
-    by_class = sorted(range(len(maps)), key=lambda prompt: class_of_prompt[prompt])
-    best = stretched[by_class].argmax(dim=0).numpy()
-    return np.array([class_of_prompt[prompt] for prompt in by_class], dtype=np.uint8)[best]
+    if maps.ndim != 3 or not torch.isfinite(maps).all():
+        raise ValueError(f"maps must be (P, H, W) without NaN or infinity, got shape {tuple(maps.shape)}")
+    return label_pixels(upsample(maps[None], size)[0].numpy(), class_of_prompt)
 
 
 def decide_binary(
@@ -116,7 +96,7 @@ class SegmentationTask:
 
     class_of_prompt: tuple[int, ...]
     num_classes: int
-    ignore_id: int = IGNORED
+    ignore_id: int = NO_DATA
 
 
 def evaluate_segmentation(

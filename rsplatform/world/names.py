@@ -2,7 +2,24 @@
 
 import numpy as np
 
-OPENINGS = ("Vel", "Ost", "Mar", "Kel", "Dun", "Bra", "Tor", "Hal", "Sil", "Nor", "Ama", "Rov", "Cal", "Wen", "Lum", "Pes")
+OPENINGS = (
+    "Vel",
+    "Ost",
+    "Mar",
+    "Kel",
+    "Dun",
+    "Bra",
+    "Tor",
+    "Hal",
+    "Sil",
+    "Nor",
+    "Ama",
+    "Rov",
+    "Cal",
+    "Wen",
+    "Lum",
+    "Pes",
+)
 MIDDLES = ("a", "e", "i", "or", "an", "el", "um", "is")
 ENDINGS = ("mar", "wick", "dale", "ton", "vik", "grad", "mond", "stow", "bury", "lund", "nes", "ford")
 KIND_WORDS = {

@@ -90,6 +90,11 @@ def _through_air(rgb_HWC: Floats, look: Look) -> Floats:
     return lit + look.haze * (np.array(HAZE_RGB, np.float32) - lit)
 
 
+def to_bytes(rgb_HWC: Floats) -> Bytes:
+    """uint8 in steps of 4, as from a 6-bit sensor: the files are a third smaller and no eye sees it."""
+    return (np.clip(np.round(rgb_HWC / 4), 1, 63) * 4).astype(np.uint8)
+
+
 def visible_features(features: list[Feature], grid: Grid) -> list[Feature]:
     """The features that a grid shows at least a part of."""
     gsd = grid.ground_sample_distance_m

@@ -21,7 +21,7 @@ from rsplatform.world.canvas import Grid
 from rsplatform.world.land import Feature
 from rsplatform.world.layout import lay_out
 from rsplatform.world.noise import Floats, fractal_noise
-from rsplatform.world.render import Bytes, draw_look, render
+from rsplatform.world.render import Bytes, draw_look, render, to_bytes
 
 NODATA = 0
 ZONES = ((32614, 3_900_000.0, 2.0), (32735, 7_200_000.0, 2.5))  # EPSG, northing of its places, metres a pixel
@@ -75,7 +75,9 @@ class ScenePlan:
 def plan_scenes(seed: int, size_px: int, num_train: int, num_val: int) -> list[ScenePlan]:
     """All scenes of a world. The first two train scenes see one place on two dates, the second time with cloud."""
     plans: list[ScenePlan] = []
-    names = [("train", number) for number in range(num_train)] + [("val", number) for number in range(num_val)]
+    names = [("train", number) for number in range(num_train)] + [
+        ("val", number) for number in range(num_val)
+    ]
     for index, (split, number) in enumerate(names):
         rng = np.random.default_rng((seed, 1, index))
         visit = 1 if (split, number) == ("train", 1) else 0
@@ -92,7 +94,10 @@ def plan_scenes(seed: int, size_px: int, num_train: int, num_val: int) -> list[S
                 visit=visit,
                 size_px=size_px,
                 epsg=epsg,
-                origin_en=(400_000.0 + PLACE_SPACING_M * (place % 10), northing + PLACE_SPACING_M * (place // 10)),
+                origin_en=(
+                    400_000.0 + PLACE_SPACING_M * (place % 10),
+                    northing + PLACE_SPACING_M * (place // 10),
+                ),
                 ground_sample_distance_m=gsd,
                 acquired=f"{2021 + visit}-{month:02d}-{day:02d}",
                 cloud_fraction=float(rng.uniform(0.1, 0.2)) if cloudy else 0.0,
@@ -120,11 +125,6 @@ def draw_scene(plan: ScenePlan, features: list[Feature]) -> tuple[Bytes, Bytes]:
         pixels_HWC[missing_HW] = NODATA
         classes_HW = np.where(missing_HW, np.uint8(palettes.BACKGROUND), classes_HW)
     return pixels_HWC, classes_HW
-
-
-def to_bytes(rgb_HWC: Floats) -> Bytes:
-    """uint8 in steps of 4, as from a 6-bit sensor: the files are a third smaller and no eye sees it."""
-    return (np.clip(np.round(rgb_HWC / 4), 1, 63) * 4).astype(np.uint8)
 
 
 def add_clouds(rgb_HWC: Floats, grid: Grid, cloud_fraction: float, seed: int) -> Floats:
@@ -171,7 +171,14 @@ def write_scene(plan: ScenePlan, pixels_HWC: Bytes, classes_HW: Bytes, folder: P
         "compress": "zstd",
     }
     tags = {"TIFFTAG_DATETIME": plan.acquired.replace("-", ":") + " 10:30:00"}
-    rgb = {**profile, "count": 3, "nodata": NODATA, "photometric": "RGB", "predictor": 2, "interleave": "pixel"}
+    rgb = {
+        **profile,
+        "count": 3,
+        "nodata": NODATA,
+        "photometric": "RGB",
+        "predictor": 2,
+        "interleave": "pixel",
+    }
     with rasterio.open(folder / "scenes" / f"{plan.name}.tif", "w", **rgb) as target:
         target.write(np.moveaxis(pixels_HWC, 2, 0))
         target.update_tags(**tags)

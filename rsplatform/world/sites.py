@@ -197,7 +197,9 @@ def place_lakes(draft: Draft) -> None:
             centre = np.array([draft.number(-1, 1), draft.number(-1, 1)]) * draft.half_m * 0.9
             radius = draft.number(80, 240)
             turn = np.linspace(0, 2 * math.pi, 60, endpoint=False)
-            reach = radius * (1 + 0.2 * np.sin(2 * turn + draft.number(0, 6)) + 0.1 * np.sin(5 * turn + draft.number(0, 6)))
+            reach = radius * (
+                1 + 0.2 * np.sin(2 * turn + draft.number(0, 6)) + 0.1 * np.sin(5 * turn + draft.number(0, 6))
+            )
             shape = shapely.Polygon(np.stack([np.cos(turn) * reach, np.sin(turn) * reach], 1) + centre)
             if draft.is_free(shape.buffer(20)):
                 colour = palettes.draw_class_colour(draft.rng, palettes.WATER)

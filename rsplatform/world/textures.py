@@ -30,9 +30,14 @@ def paint_ground(canvas: Canvas, seed: int) -> None:
     away_x, away_y = canvas.light.away_xy
     in_shadow = np.hypot(offset_x - 4 * away_x, offset_y - 4 * away_y) < radius
     present = value < density
-    canvas.shade(pixels[present & in_shadow & (distance >= radius)], _constant(0.62, present & in_shadow & (distance >= radius)))
+    canvas.shade(
+        pixels[present & in_shadow & (distance >= radius)],
+        _constant(0.62, present & in_shadow & (distance >= radius)),
+    )
     lit = present & (distance < radius)
-    canvas.shade(pixels[lit], (0.80 - 0.035 * (offset_x * away_x + offset_y * away_y)[lit]).astype(np.float32))
+    canvas.shade(
+        pixels[lit], (0.80 - 0.035 * (offset_x * away_x + offset_y * away_y)[lit]).astype(np.float32)
+    )
 
 
 def _constant(value: float, chosen: np.ndarray) -> Floats:

@@ -115,3 +115,12 @@ def test_inputs_resolve_to_artifacts_data_root_or_stay(monkeypatch: pytest.Monke
     assert cluster.resolve("/abs") == "/abs"
     with pytest.raises(ConfigError, match="data_root"):
         Cluster(root="/art").resolve("rsicd")
+
+
+def test_a_recipe_can_be_composed_of_others_and_still_be_overridden(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "train.yaml").write_text("warmup_steps: 5\n")
+    path = write(tmp_path, "output: model/a/v1\ntrain: !recipe parts/train.yaml\n")
+    assert load_config(Recipe, path, ["train.learning_rate=0.5"]).train == Schedule(learning_rate=0.5, warmup_steps=5)
+    with pytest.raises(ConfigError, match=r"gone\.yaml: no such file"):
+        load_config(Recipe, write(tmp_path, "train: !recipe gone.yaml\n"))

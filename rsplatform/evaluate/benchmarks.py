@@ -1,0 +1,238 @@
+"""Pinned benchmarks: which pictures, texts, classes and masks, with a hash that is printed beside every number.
+
+One model on one set gets different numbers in different papers because splits, prompts and class lists differ.
+Here they are part of the recipe; `pin` is the hash of all of them. Pictures are read lazily; nothing is embedded.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import rasterio
+from pydantic import Field
+
+from rsplatform.cluster import Cluster
+from rsplatform.config import Config, ConfigError, InputArtifact, InputPath
+from rsplatform.dataset.store import SampleStore
+from rsplatform.evaluate.classification import PROMPT
+from rsplatform.geo import Grid
+from rsplatform.model.preprocess import decode_image
+
+
+class DatasetRetrieval(Config):
+    """Retrieval on one split of a dataset artifact: its pictures, all their captions."""
+
+    type: Literal["dataset_retrieval"] = "dataset_retrieval"
+    name: str
+    dataset: InputArtifact
+    split: str = "val"
+    max_images: int = Field(default=5000, ge=2)
+
+
+class CaptionFolderRetrieval(Config):
+    """Retrieval on RSICD's layout (`dataset_*.json` beside an image folder), as UCM, Sydney and RSITMD use too."""
+
+    type: Literal["caption_folder_retrieval"] = "caption_folder_retrieval"
+    name: str
+    captions: InputPath
+    images: InputPath
+    split: str = "val"
+    max_images: int | None = Field(default=None, ge=2)
+
+
+class Classification(Config):
+    """Zero-shot classification of a table `file,label`; `class_names` spells labels as words of the prompt.
+
+    `extra_classes` compete without owning a picture.
+    """
+
+    type: Literal["classification"] = "classification"
+    name: str
+    folder: InputPath
+    table: str = "labels.csv"
+    class_names: dict[str, str] = {}
+    extra_classes: list[str] = []
+    prompt: str = PROMPT
+    max_images: int | None = Field(default=None, ge=2)
+
+
+class MaskClass(Config):
+    """One class of a mask: the pixel values (or #RRGGBB colours) that mean it, and the prompts that ask for it."""
+
+    name: str
+    values: list[int | str] = Field(min_length=1)
+    prompts: list[str] = Field(min_length=1)
+
+
+class Segmentation(Config):
+    """Pictures and masks whose paths differ by replacements. Class 0 is the background; other values are ignored.
+
+    Pictures are resampled to `model_ground_sample_distance_m` before the model sees them; without georeference
+    their own scale is `image_ground_sample_distance_m`.
+    """
+
+    type: Literal["segmentation"] = "segmentation"
+    name: str
+    folder: InputPath
+    images: str
+    mask_replace: dict[str, str]
+    classes: list[MaskClass] = Field(min_length=2)
+    model_ground_sample_distance_m: float = Field(gt=0)
+    image_ground_sample_distance_m: float | None = Field(default=None, gt=0)
+    max_images: int | None = Field(default=None, ge=1)
+
+
+Benchmark = Annotated[
+    DatasetRetrieval | CaptionFolderRetrieval | Classification | Segmentation, Field(discriminator="type")
+]
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Encoded pictures, texts, and which picture each text belongs to."""
+
+    images: list[bytes]
+    texts: list[str]
+    image_of_text: list[int]
+    pin: str
+
+
+@dataclass(frozen=True)
+class ClassificationSet:
+    """Encoded pictures, their class indices and the class names as the prompt spells them."""
+
+    images: list[bytes]
+    labels: list[int]
+    class_names: list[str]
+    pin: str
+
+
+@dataclass(frozen=True)
+class MaskedPicture:
+    """uint8 pixels (H, W, 3), class ids (H, W) with 255 ignored, and the picture's scale in metres a pixel."""
+
+    name: str
+    image_HWC: np.ndarray
+    mask_HW: np.ndarray
+    ground_sample_distance_m: float
+
+
+def pin(document: Any) -> str:
+    """First 12 hex digits of the sha256 of whatever decides a number."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_retrieval(benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster: Cluster) -> RetrievalSet:
+    """Pictures and captions in a fixed order (by name); `max_images` takes an even spread, not the first ones."""
+    if isinstance(benchmark, DatasetRetrieval):
+        store = SampleStore(cluster.root, benchmark.dataset, benchmark.split)
+        order = spread(sorted(range(len(store)), key=lambda i: store.ids[i]), benchmark.max_images)
+        names = [store.ids[i] for i in order]
+        captions = [store.captions(i) for i in order]
+        images = [sample.image for sample in store.read(np.array(order))]
+    else:
+        folder = Path(cluster.resolve(benchmark.images))
+        entries = _caption_entries(Path(cluster.resolve(benchmark.captions)), benchmark.split)
+        entries = spread(entries, benchmark.max_images)
+        names = [name for name, _ in entries]
+        captions = [sentences for _, sentences in entries]
+        images = [(folder / name).read_bytes() for name in names]
+    texts = [text for group in captions for text in group]
+    owners = [index for index, group in enumerate(captions) for _ in group]
+    return RetrievalSet(images, texts, owners, pin([names, captions]))
+
+
+def _caption_entries(path: Path, split: str) -> list[tuple[str, list[str]]]:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    entries = [item for item in document["images"] if item["split"] == split]
+    if not entries:
+        splits = sorted({item["split"] for item in document["images"]})
+        raise ConfigError(f"{path}: no pictures in split {split!r}; it has {splits}")
+    return sorted((item["filename"], [sentence["raw"] for sentence in item["sentences"]]) for item in entries)
+
+
+def load_classification(benchmark: Classification, cluster: Cluster) -> ClassificationSet:
+    """Pictures of the table in file order, classes in alphabetical order of their labels."""
+    folder = Path(cluster.resolve(benchmark.folder))
+    table = folder / benchmark.table
+    rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))))
+    if not rows or not {"file", "label"} <= set(rows[0]):
+        raise ConfigError(f"{table}: needs a header with the columns file and label")
+    rows = spread(sorted(rows, key=lambda row: row["file"]), benchmark.max_images)
+    labels = sorted({row["label"] for row in rows})
+    unknown = set(benchmark.class_names) - set(labels)
+    if unknown:
+        raise ConfigError(f"{benchmark.name}: class_names {sorted(unknown)} are no labels of {table}: {labels}")
+    names = [benchmark.class_names.get(label) or label for label in labels] + benchmark.extra_classes
+    images = [(folder / row["file"]).read_bytes() for row in rows]
+    indices = [labels.index(row["label"]) for row in rows]
+    pinned = pin([[(row["file"], row["label"]) for row in rows], names, benchmark.prompt])
+    return ClassificationSet(images, indices, names, pinned)
+
+
+def masked_pictures(benchmark: Segmentation, cluster: Cluster) -> Iterator[MaskedPicture]:
+    """One picture with its mask at a time, in name order.
+
+    Raises:
+        ConfigError: nothing matches `images`, a mask is missing or of another size, or a scale is unknown.
+    """
+    folder = Path(cluster.resolve(benchmark.folder))
+    paths = spread(sorted(folder.glob(benchmark.images)), benchmark.max_images)
+    if not paths:
+        raise ConfigError(f"{benchmark.name}: no picture matches {folder}/{benchmark.images}")
+    for path in paths:
+        mask_path = str(path.relative_to(folder))
+        for old, new in benchmark.mask_replace.items():
+            mask_path = mask_path.replace(old, new)
+        image_HWC, scale = read_picture(path)
+        scale = scale or benchmark.image_ground_sample_distance_m
+        if scale is None:
+            raise ConfigError(f"{path}: has no georeference; set image_ground_sample_distance_m of {benchmark.name}")
+        mask_HW = encode_mask(read_raw(folder / mask_path), benchmark.classes)
+        if mask_HW.shape != image_HWC.shape[:2]:
+            raise ConfigError(f"{folder / mask_path}: {mask_HW.shape} is not the size of {path} {image_HWC.shape[:2]}")
+        yield MaskedPicture(path.name, image_HWC, mask_HW, scale)
+
+
+def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
+    """uint8 RGB pixels (H, W, 3), and metres a pixel if the file is georeferenced (GeoTIFF) else None."""
+    if path.suffix.lower() not in {".tif", ".tiff"}:
+        return decode_image(path.read_bytes()), None
+    with rasterio.open(path, driver="GTiff") as scene:
+        pixels_HWC = scene.read([1, 2, 3]).transpose(1, 2, 0)
+        if scene.crs is None:
+            return pixels_HWC, None
+        grid = Grid(scene.crs.to_wkt(), tuple(scene.transform)[:6], scene.width, scene.height)
+    return pixels_HWC, grid.ground_sample_distance_m()
+
+
+def read_raw(path: Path) -> np.ndarray:
+    """A mask's values: (H, W) of one band, or (H, W, 3) colours; palettes are resolved to colours."""
+    if path.suffix.lower() in {".tif", ".tiff"}:
+        with rasterio.open(path, driver="GTiff") as scene:
+            return scene.read(1)
+    return decode_image(path.read_bytes())
+
+
+def encode_mask(raw: np.ndarray, classes: list[MaskClass]) -> np.ndarray:
+    """Mask values or colours as class ids (H, W) uint8; values that no class names become 255 (ignored)."""
+    if raw.ndim == 3:
+        raw = raw[..., 0].astype(np.int64) << 16 | raw[..., 1].astype(np.int64) << 8 | raw[..., 2]
+    encoded = np.full(raw.shape, 255, dtype=np.uint8)
+    for index, mask_class in enumerate(classes):
+        values = [int(value.lstrip("#"), 16) if isinstance(value, str) else value for value in mask_class.values]
+        encoded[np.isin(raw, values)] = index
+    return encoded
+
+
+def spread(items: list[Any], limit: int | None) -> list[Any]:
+    """At most `limit` items, evenly spread over the list."""
+    if limit is None or len(items) <= limit:
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]

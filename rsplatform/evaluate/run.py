@@ -1,0 +1,150 @@
+"""Front door `evaluate`: a model and pinned benchmarks in, an artifact of numbers, pins and pictures out.
+
+Evaluators get functions (embed_images, embed_texts, patch features), never a model class, so any peer is scored
+by the same code. Raw and smooth localization share head, upsampling and decision rule.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from rsplatform.artifacts import Artifact, open_artifact
+from rsplatform.cluster import Cluster
+from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.evaluate import figures
+from rsplatform.evaluate.benchmarks import (
+    Benchmark,
+    CaptionFolderRetrieval,
+    Classification,
+    DatasetRetrieval,
+    MaskedPicture,
+    Segmentation,
+    load_classification,
+    load_retrieval,
+    masked_pictures,
+    pin,
+)
+from rsplatform.evaluate.classification import zero_shot_accuracy
+from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
+from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
+from rsplatform.localize.picture import picture_maps
+from rsplatform.model.embedder import Embedder
+from rsplatform.stage import Stage, finished, open_stage
+from rsplatform.storage import local_folder, write_json
+
+
+class EvaluateConfig(StageConfig):
+    """A model and the benchmarks to score it on; `window` is smooth attention's, in patches (our default: 3)."""
+
+    model: InputArtifact
+    benchmarks: list[Benchmark] = Field(min_length=1)
+    window: int = Field(default=3, ge=3)
+
+
+def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
+    """Score a model on pinned retrieval, classification and segmentation benchmarks."""
+    done = finished(config, cluster)
+    if done:
+        return done
+    with open_stage(config, cluster) as stage:
+        folder = local_folder(open_artifact(cluster.root, config.model).path("model"))
+        embedder = Embedder.load(folder)
+        report: dict[str, Any] = {"model": config.model, "model_hash": embedder.model_hash, "benchmarks": {}}
+        for benchmark in config.benchmarks:
+            report["benchmarks"][benchmark.name] = _score(benchmark, config, cluster, embedder, stage)
+        write_json(stage.artifact.path("report.json"), report)
+        stage.run.log_document(report, "report.json")
+        names = len(config.benchmarks)
+        stage.counts = {"inputs": names, "kept": names, "dropped": {}}
+    return stage.artifact
+
+
+def _score(
+    benchmark: Benchmark, config: EvaluateConfig, cluster: Cluster, embedder: Embedder, stage: Stage
+) -> dict[str, Any]:
+    if isinstance(benchmark, DatasetRetrieval | CaptionFolderRetrieval):
+        result = _retrieval(benchmark, cluster, embedder, stage)
+    elif isinstance(benchmark, Classification):
+        result = _classification(benchmark, cluster, embedder, stage)
+    else:
+        result = segmentation(benchmark, cluster, embedder, config.window, stage)
+    stage.run.set_tags({f"pin.{benchmark.name}": result["pin"]})
+    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    stage.log({f"{benchmark.name}/{key}": float(value) for key, value in numbers.items()})
+    return result
+
+
+def _retrieval(
+    benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster: Cluster, embedder: Embedder, stage: Stage
+) -> dict[str, Any]:
+    data = load_retrieval(benchmark, cluster)
+    images_IE, texts_TE = embedder.embed_images(data.images), embedder.embed_texts(data.texts)
+    recalls = recall_at_k(images_IE, texts_TE, data.image_of_text)
+    chance = chance_recall(len(data.images), len(data.texts))
+    stage.run.log_picture(figures.recall_plot(recalls, chance, benchmark.name), f"{benchmark.name}_recall.png")
+    sizes = {"num_images": len(data.images), "num_texts": len(data.texts), "pin": data.pin}
+    return recalls | {f"chance_{key}": value for key, value in chance.items()} | sizes
+
+
+def _classification(benchmark: Classification, cluster: Cluster, embedder: Embedder, stage: Stage) -> dict[str, Any]:
+    data = load_classification(benchmark, cluster)
+    scores = zero_shot_accuracy(
+        embedder.embed_images, embedder.embed_texts, data.images, data.labels, data.class_names, benchmark.prompt
+    )
+    stage.run.log_picture(
+        figures.bars(scores.accuracy_by_class, f"{benchmark.name}: top-1 by class, %"), f"{benchmark.name}_classes.png"
+    )
+    return {
+        "top1": scores.top1,
+        "mean_class_accuracy": scores.mean_class_accuracy,
+        "chance_top1": 100 / len(data.class_names),
+        "accuracy_by_class": scores.accuracy_by_class,
+        "num_images": scores.num_images,
+        "pin": data.pin,
+    }
+
+
+def segmentation(
+    benchmark: Segmentation, cluster: Cluster, embedder: Embedder, window: int, stage: Stage
+) -> dict[str, Any]:
+    """mIoU raw (window 1) and smooth on the same pictures, same head, upsampling and argmax over the prompts."""
+    prompts = [prompt for mask_class in benchmark.classes for prompt in mask_class.prompts]
+    class_of_prompt = [index for index, item in enumerate(benchmark.classes) for _ in item.prompts]
+    texts_CE = torch.from_numpy(embedder.embed_texts(prompts))
+    matrices = {method: ConfusionMatrix(len(benchmark.classes)) for method in ("raw", "smooth")}
+    names = []
+    maps_of = partial(_maps, embedder, texts_CE, benchmark.model_ground_sample_distance_m)
+    for picture in masked_pictures(benchmark, cluster):
+        names.append(picture.name)
+        labels = {
+            method: decide(maps_of(picture, size), class_of_prompt, picture.mask_HW.shape)
+            for method, size in (("raw", 1), ("smooth", window))
+        }
+        for method, matrix in matrices.items():
+            matrix.update(labels[method], picture.mask_HW)
+        if len(names) <= 4:
+            figure = figures.label_overlays(picture.image_HWC, picture.mask_HW, labels, benchmark.classes)
+            stage.run.log_picture(figure, f"{benchmark.name}/{picture.name}.png")
+    result: dict[str, Any] = {
+        "num_images": len(names),
+        "pin": pin([names, [item.model_dump() for item in benchmark.classes], window]),
+    }
+    for method, matrix in matrices.items():
+        scores = matrix.scores()
+        named = {benchmark.classes[index].name: iou for index, iou in scores.iou_by_class.items()}
+        foreground = [iou for index, iou in scores.iou_by_class.items() if index > 0]
+        result[f"{method}_iou_by_class"] = named
+        result[f"{method}_miou"] = scores.mean_iou
+        result[f"{method}_foreground_miou"] = float(np.mean(foreground)) if foreground else float("nan")
+    return result
+
+
+def _maps(
+    embedder: Embedder, texts_CE: torch.Tensor, model_gsd_m: float, picture: MaskedPicture, window: int
+) -> torch.Tensor:
+    return picture_maps(
+        embedder, picture.image_HWC, texts_CE, scale=picture.ground_sample_distance_m / model_gsd_m, window=window
+    )

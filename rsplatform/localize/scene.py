@@ -1,0 +1,239 @@
+"""Score maps of a whole scene of any size, without seams, from overlapping tiles.
+
+In: a scene as two reading functions, an encoder as two functions, unit texts. Out: strips of rows in order,
+so memory holds one row of tiles whatever the scene's height. It opens no files and starts no workers.
+Shapes: B batch, HxW pixels or patches (a patch is a cell of the score map), C texts, D width, E embedding.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from rsplatform.localize.smooth_attention import Head, smooth_attention, upsample
+
+# Below any real pooling score by so much that its softmax weight is exactly 0 in float32; finite, so that a
+# window of nothing but missing patches gives a number (which nobody reads) and no NaN.
+MISSING_SCORE = -1e4
+
+
+class PatchFeatures(Protocol):
+    """What an encoder gives for each patch: the values, and scores of learned pooling heads if any."""
+
+    @property
+    def values_BHWD(self) -> torch.Tensor:
+        """Values of the final patches."""
+        ...
+
+    @property
+    def scores_BKHW(self) -> torch.Tensor | None:
+        """Pooling scores of K heads; None for average-pooled encoders."""
+        ...
+
+
+@dataclass(frozen=True)
+class PatchEncoder:
+    """An image encoder as functions: `patch_features(images_BHWC uint8)`, `head` (..., D) -> (..., E)."""
+
+    patch_features: Callable[[torch.Tensor], PatchFeatures]
+    head: Head
+    patch_size_px: int
+
+
+@dataclass(frozen=True)
+class SceneReader:
+    """A scene as functions of (row, column, height, width) in pixels, asked only for windows inside it.
+
+    `read_window` returns uint8 (height, width, 3); `read_valid` bool (height, width), None if all pixels are
+    data.
+    """
+
+    height_px: int
+    width_px: int
+    read_window: Callable[[int, int, int, int], np.ndarray]
+    read_valid: Callable[[int, int, int, int], np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of `tile_patches` squared sharing `overlap_patches` with each neighbour; window 1 gives raw maps.
+
+    A patch's smooth score depends on patches up to window - 1 cells away, so that many cells along a tile's
+    inner edges are dropped, and tiles are blended linearly over what is left of the overlap.
+    """
+
+    tile_patches: int = 16
+    overlap_patches: int = 6
+    window: int = 3
+    batch_tiles: int = 4
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if tiles leave gaps between the cells they keep."""
+        if not 2 * (self.window - 1) <= self.overlap_patches < self.tile_patches:
+            raise ValueError(
+                f"overlap_patches must be at least 2 * (window - 1) = {2 * (self.window - 1)} and below "
+                f"tile_patches = {self.tile_patches}, got {self.overlap_patches}"
+            )
+        if self.batch_tiles < 1:
+            raise ValueError(f"batch_tiles must be at least 1, got {self.batch_tiles}")
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows of a map from `row` on, maps_CHW float32; NaN where the scene has no data."""
+
+    row: int
+    maps_CHW: torch.Tensor
+
+
+def score_strips(
+    scene: SceneReader, encoder: PatchEncoder, texts_CE: torch.Tensor, tiling: Tiling
+) -> Iterator[Strip]:
+    """Smooth attention over the scene, one score per patch of the grid anchored at the scene's first pixel.
+
+    Where the scene ends inside a tile or a patch, its reflection completes the picture that the encoder sees,
+    but takes no part in the pooling. The same holds for missing patches (under half of the pixels valid),
+    which get NaN. With an encoder whose patches do not look beyond themselves, the result is that of one tile
+    over everything.
+    """
+    patch = encoder.patch_size_px
+    if min(scene.height_px, scene.width_px, patch) < 1:
+        raise ValueError(
+            f"a scene needs pixels, got {scene.height_px} x {scene.width_px} in patches of {patch}"
+        )
+    rows, columns = (-(-length // patch) for length in (scene.height_px, scene.width_px))
+    row_starts, column_starts = _tile_starts(rows, tiling), _tile_starts(columns, tiling)
+    sums_CHW = torch.zeros(len(texts_CE), tiling.tile_patches, columns)
+    weights_HW = torch.zeros(tiling.tile_patches, columns)
+    for row, next_row in zip(row_starts, [*row_starts[1:], rows], strict=True):
+        for first in range(0, len(column_starts), tiling.batch_tiles):
+            starts = column_starts[first : first + tiling.batch_tiles]
+            corners = [(row, column) for column in starts]
+            maps_BCHW, valid_BHW = _score_tiles(scene, encoder, texts_CE, tiling, corners)
+            for column, maps_CHW, valid_HW in zip(starts, maps_BCHW, valid_BHW, strict=True):
+                tile_HW = torch.outer(_ramp(row, rows, tiling), _ramp(column, columns, tiling)) * valid_HW
+                inside = slice(column, min(column + tiling.tile_patches, columns))
+                kept = slice(0, inside.stop - column)
+                sums_CHW[:, :, inside] += (maps_CHW * tile_HW)[:, :, kept]
+                weights_HW[:, inside] += tile_HW[:, kept]
+        done = next_row - row
+        missing_HW = weights_HW[:done] == 0
+        strip_CHW = sums_CHW[:, :done] / weights_HW[:done].masked_fill(missing_HW, 1.0)
+        yield Strip(row, strip_CHW.masked_fill(missing_HW, torch.nan))
+        sums_CHW = torch.cat([sums_CHW[:, done:], torch.zeros_like(sums_CHW[:, :done])], dim=1)
+        weights_HW = torch.cat([weights_HW[done:], torch.zeros_like(weights_HW[:done])])
+
+
+def upsample_strips(strips: Iterable[Strip], scene: SceneReader, patch_size_px: int) -> Iterator[Strip]:
+    """Stretch strips of patches to strips of pixels: equal to `upsample` of the whole map, cut to the scene.
+
+    Missing patches lend nothing to their neighbours; pixels without data are NaN. Holds two strips at a time.
+    """
+    above: torch.Tensor | None = None
+    held: Strip | None = None
+    for strip in strips:
+        if held is not None:
+            yield _stretch(held, above, strip.maps_CHW[:, :1], scene, patch_size_px)
+            above = held.maps_CHW[:, -1:]
+        held = strip
+    if held is not None:
+        yield _stretch(held, above, None, scene, patch_size_px)
+
+
+def _tile_starts(length: int, tiling: Tiling) -> list[int]:
+    """First cells of the tiles along an axis; the last tile is moved back to end with the scene."""
+    last = max(0, length - tiling.tile_patches)
+    return [*range(0, last, tiling.tile_patches - tiling.overlap_patches), last]
+
+
+def _ramp(start: int, length: int, tiling: Tiling) -> torch.Tensor:
+    """Weights of a tile's cells along an axis: zero in the dropped edge, rising, 1 at scene ends."""
+    size, dropped = tiling.tile_patches, tiling.window - 1
+    cells = torch.arange(size, dtype=torch.float32)
+    rise = tiling.overlap_patches - 2 * dropped + 1
+    ramp = torch.ones(size)
+    if start > 0:
+        ramp = ramp * ((cells - dropped + 1) / rise).clamp(0, 1)
+    if start + size < length:
+        ramp = ramp * ((size - cells - dropped) / rise).clamp(0, 1)
+    return ramp
+
+
+def _score_tiles(
+    scene: SceneReader,
+    encoder: PatchEncoder,
+    texts_CE: torch.Tensor,
+    tiling: Tiling,
+    corners: list[tuple[int, int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps (B, C, H, W) and valid patches (B, H, W) of tiles given by their first cells, on the CPU."""
+    tiles = [_read_tile(scene, row, column, tiling, encoder.patch_size_px) for row, column in corners]
+    valid_BHW = torch.from_numpy(np.stack([valid for _, valid in tiles]))
+    if not valid_BHW.any():
+        return torch.zeros(len(tiles), len(texts_CE), *valid_BHW.shape[1:]), valid_BHW
+    features = encoder.patch_features(torch.from_numpy(np.stack([image for image, _ in tiles])))
+    values_BHWD, scores_BKHW = features.values_BHWD, features.scores_BKHW
+    if values_BHWD.shape[:3] != valid_BHW.shape:
+        raise ValueError(
+            f"encoder gave patches {tuple(values_BHWD.shape)} for tiles {tuple(valid_BHW.shape)}"
+        )
+    if scores_BKHW is None:
+        scores_BKHW = torch.zeros(valid_BHW.shape, device=values_BHWD.device).unsqueeze(1)
+    missing_B1HW = ~valid_BHW.unsqueeze(1).to(values_BHWD.device)
+    masked_BKHW = scores_BKHW.float().masked_fill(missing_B1HW, MISSING_SCORE)
+    maps_BCHW = smooth_attention(
+        values_BHWD,
+        texts_CE.to(values_BHWD.device),
+        head=encoder.head,
+        scores_BHW=masked_BKHW,
+        window=tiling.window,
+    )
+    return maps_BCHW.detach().float().cpu(), valid_BHW
+
+
+def _read_tile(
+    scene: SceneReader, row: int, column: int, tiling: Tiling, patch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A whole tile (pixels, valid patches), reflected beyond the scene; missing pixels get the mean colour."""
+    size = tiling.tile_patches
+    top, left = row * patch, column * patch
+    height, width = min(size * patch, scene.height_px - top), min(size * patch, scene.width_px - left)
+    image_HWC = scene.read_window(top, left, height, width)
+    if image_HWC.shape != (height, width, 3) or image_HWC.dtype != np.uint8:
+        raise ValueError(f"scene gave {image_HWC.dtype} {image_HWC.shape} for uint8 ({height}, {width}, 3)")
+    valid_HW = np.ones((height, width), dtype=bool)
+    if scene.read_valid is not None:
+        valid_HW = scene.read_valid(top, left, height, width)
+        if valid_HW.any() and not valid_HW.all():
+            mean_colour = image_HWC[valid_HW].mean(axis=0).round().astype(np.uint8)
+            image_HWC = np.where(valid_HW[:, :, None], image_HWC, mean_colour)
+    beyond = ((0, size * patch - height), (0, size * patch - width))
+    image_HWC = np.pad(image_HWC, (*beyond, (0, 0)), mode="reflect")
+    valid_share_HW = (
+        np.pad(valid_HW, beyond, mode="reflect").reshape(size, patch, size, patch).mean(axis=(1, 3))
+    )
+    valid_patches_HW = valid_share_HW >= 0.5
+    valid_patches_HW[-(-height // patch) :] = False
+    valid_patches_HW[:, -(-width // patch) :] = False
+    return image_HWC, valid_patches_HW
+
+
+def _stretch(
+    strip: Strip, above: torch.Tensor | None, below: torch.Tensor | None, scene: SceneReader, patch: int
+) -> Strip:
+    """Upsample with one row of context on either side, weighting by presence, then cut the context off."""
+    parts = [part for part in (above, strip.maps_CHW, below) if part is not None]
+    maps_CHW = torch.cat(parts, dim=1)
+    present_1HW = maps_CHW[:1].isfinite().float()
+    size = (maps_CHW.shape[1] * patch, maps_CHW.shape[2] * patch)
+    weighted = upsample(torch.cat([maps_CHW.nan_to_num(0.0) * present_1HW, present_1HW])[None], size)[0]
+    pixels_CHW = torch.where(weighted[-1:] > 0, weighted[:-1] / weighted[-1:], torch.nan)
+    top, first = strip.row * patch, patch if above is not None else 0
+    height = min(strip.maps_CHW.shape[1] * patch, scene.height_px - top)
+    pixels_CHW = pixels_CHW[:, first : first + height, : scene.width_px]
+    if scene.read_valid is not None:
+        missing_HW = ~torch.from_numpy(scene.read_valid(top, 0, height, scene.width_px))
+        pixels_CHW = pixels_CHW.masked_fill(missing_HW, torch.nan)
+    return Strip(top, pixels_CHW)
