@@ -51,9 +51,7 @@ def paired_seconds(
 
 def parse() -> argparse.Namespace:
     """Sizes; the defaults are a 1022-px image under a ViT-L/14."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=int, default=73, help="patches along each side")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--embedding", type=int, default=768)
@@ -81,9 +79,7 @@ def main() -> None:
         head_s = paired_seconds(raw, raw, arguments.repeats)[0]
         print(f"head and cosine, which both ways need: {head_s * 1e3:.0f} ms")
         for window, (kind, scores) in product((3, 5), kinds.items()):
-            fast = partial(
-                smooth_attention, values_BHWD, texts_CE, head=head, scores_BHW=scores, window=window
-            )
+            fast = partial(smooth_attention, values_BHWD, texts_CE, head=head, scores_BHW=scores, window=window)
             unfolded_scores = torch.zeros_like(wide_BHW) if scores is None else scores
             slow = partial(unfold_reference, values_BHWD, texts_CE, head, unfolded_scores, window)
             difference = (fast() - slow()).abs().max().item()

@@ -31,7 +31,7 @@ def ray_runtime(cluster: Cluster) -> Iterator[None]:
     local = {} if joins else {"num_cpus": cluster.num_cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(
         address=cluster.ray_address if joins else "local",
-        runtime_env={"env_vars": gdal_options() | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "")}},
+        runtime_env={"env_vars": {key: str(value) for key, value in gdal_options().items()}},
         logging_level=logging.WARNING,
         log_to_driver=True,
         **local,

@@ -117,15 +117,15 @@ def gdal_path(uri: str) -> str:
     return f"/vsis3/{uri.removeprefix('s3://')}" if is_s3(uri) else uri.removeprefix("file://")
 
 
-def gdal_options() -> dict[str, str]:
+def gdal_options() -> dict[str, str | int]:
     """GDAL configuration for remote rasters (our defaults, measured) and for the environment's S3 endpoint."""
-    options = {
+    options: dict[str, str | int] = {
         "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
         "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
         "GDAL_HTTP_MULTIPLEX": "YES",
         "VSI_CACHE": "TRUE",
         "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-        "GDAL_CACHEMAX": "128",
+        "GDAL_CACHEMAX": 128,
         "GDAL_HTTP_MAX_RETRY": "5",
         "GDAL_HTTP_TIMEOUT": "30",
         "GDAL_NUM_THREADS": "1",

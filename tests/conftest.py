@@ -34,3 +34,23 @@ def _tracking_stays_in_test_folders() -> None:
 def root(tmp_path: Path) -> str:
     """An empty artifact root."""
     return str(tmp_path / "artifacts")
+
+
+# In CI nothing else may be skipped: a test that cannot run there is a failure of the setup.
+ALLOWED_SKIPS = ("no real data", "no GPU")
+_forbidden_skips: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember skips that CI does not allow."""
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = str(report.longrepr[2])
+        if not any(allowed in reason for allowed in ALLOWED_SKIPS):
+            _forbidden_skips.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Turn forbidden skips into a failure where CI is set."""
+    if os.environ.get("CI") and _forbidden_skips:
+        print("\nskipped in CI, which only absent real data or a GPU may do:", *_forbidden_skips, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

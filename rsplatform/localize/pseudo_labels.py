@@ -34,9 +34,7 @@ class PseudoLabelRule:
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that makes no sense."""
         if BACKGROUND not in self.class_of_prompt or max(self.class_of_prompt, default=0) == BACKGROUND:
-            raise ValueError(
-                f"class_of_prompt needs background (0) and another class, got {self.class_of_prompt}"
-            )
+            raise ValueError(f"class_of_prompt needs background (0) and another class, got {self.class_of_prompt}")
         if min(self.class_of_prompt) < BACKGROUND:
             raise ValueError(f"class_of_prompt must not be negative, got {self.class_of_prompt}")
         if not self.temperature > 0:

@@ -88,9 +88,7 @@ class Strip:
     maps_CHW: torch.Tensor
 
 
-def score_strips(
-    scene: SceneReader, encoder: PatchEncoder, texts_CE: torch.Tensor, tiling: Tiling
-) -> Iterator[Strip]:
+def score_strips(scene: SceneReader, encoder: PatchEncoder, texts_CE: torch.Tensor, tiling: Tiling) -> Iterator[Strip]:
     """Smooth attention over the scene, one score per patch of the grid anchored at the scene's first pixel.
 
     Where the scene ends inside a tile or a patch, its reflection completes the picture that the encoder sees,
@@ -100,13 +98,11 @@ def score_strips(
     """
     patch = encoder.patch_size_px
     if min(scene.height_px, scene.width_px, patch) < 1:
-        raise ValueError(
-            f"a scene needs pixels, got {scene.height_px} x {scene.width_px} in patches of {patch}"
-        )
+        raise ValueError(f"a scene needs pixels, got {scene.height_px} x {scene.width_px} in patches of {patch}")
     rows, columns = (-(-length // patch) for length in (scene.height_px, scene.width_px))
     row_starts, column_starts = _tile_starts(rows, tiling), _tile_starts(columns, tiling)
-    sums_CHW = torch.zeros(len(texts_CE), tiling.tile_patches, columns)
-    weights_HW = torch.zeros(tiling.tile_patches, columns)
+    weights_HW = torch.zeros(min(tiling.tile_patches, rows), columns)
+    sums_CHW = torch.zeros(len(texts_CE), *weights_HW.shape)
     for row, next_row in zip(row_starts, [*row_starts[1:], rows], strict=True):
         for first in range(0, len(column_starts), tiling.batch_tiles):
             starts = column_starts[first : first + tiling.batch_tiles]
@@ -114,10 +110,9 @@ def score_strips(
             maps_BCHW, valid_BHW = _score_tiles(scene, encoder, texts_CE, tiling, corners)
             for column, maps_CHW, valid_HW in zip(starts, maps_BCHW, valid_BHW, strict=True):
                 tile_HW = torch.outer(_ramp(row, rows, tiling), _ramp(column, columns, tiling)) * valid_HW
-                inside = slice(column, min(column + tiling.tile_patches, columns))
-                kept = slice(0, inside.stop - column)
-                sums_CHW[:, :, inside] += (maps_CHW * tile_HW)[:, :, kept]
-                weights_HW[:, inside] += tile_HW[:, kept]
+                inside = slice(column, column + tile_HW.shape[1])
+                sums_CHW[:, :, inside] += maps_CHW * tile_HW
+                weights_HW[:, inside] += tile_HW
         done = next_row - row
         missing_HW = weights_HW[:done] == 0
         strip_CHW = sums_CHW[:, :done] / weights_HW[:done].masked_fill(missing_HW, 1.0)
@@ -158,7 +153,7 @@ def _ramp(start: int, length: int, tiling: Tiling) -> torch.Tensor:
         ramp = ramp * ((cells - dropped + 1) / rise).clamp(0, 1)
     if start + size < length:
         ramp = ramp * ((size - cells - dropped) / rise).clamp(0, 1)
-    return ramp
+    return ramp[:length]
 
 
 def _score_tiles(
@@ -168,21 +163,22 @@ def _score_tiles(
     tiling: Tiling,
     corners: list[tuple[int, int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps (B, C, H, W) and valid patches (B, H, W) of tiles given by their first cells, on the CPU."""
+    """Maps (B, C, H, W) and valid patches (B, H, W) of the tiles' part of the scene, on the CPU."""
     tiles = [_read_tile(scene, row, column, tiling, encoder.patch_size_px) for row, column in corners]
     valid_BHW = torch.from_numpy(np.stack([valid for _, valid in tiles]))
     if not valid_BHW.any():
         return torch.zeros(len(tiles), len(texts_CE), *valid_BHW.shape[1:]), valid_BHW
     features = encoder.patch_features(torch.from_numpy(np.stack([image for image, _ in tiles])))
-    values_BHWD, scores_BKHW = features.values_BHWD, features.scores_BKHW
-    if values_BHWD.shape[:3] != valid_BHW.shape:
-        raise ValueError(
-            f"encoder gave patches {tuple(values_BHWD.shape)} for tiles {tuple(valid_BHW.shape)}"
-        )
+    grid = (len(tiles), tiling.tile_patches, tiling.tile_patches)
+    if features.values_BHWD.shape[:3] != grid:
+        raise ValueError(f"encoder gave values {tuple(features.values_BHWD.shape)} for patches {grid}")
+    # Patches of the reflection are cut off, so that no window is centred beyond the scene either.
+    height, width = valid_BHW.shape[1:]
+    values_BHWD, scores_BKHW = features.values_BHWD[:, :height, :width], features.scores_BKHW
     if scores_BKHW is None:
-        scores_BKHW = torch.zeros(valid_BHW.shape, device=values_BHWD.device).unsqueeze(1)
+        scores_BKHW = torch.zeros(grid, device=values_BHWD.device).unsqueeze(1)
     missing_B1HW = ~valid_BHW.unsqueeze(1).to(values_BHWD.device)
-    masked_BKHW = scores_BKHW.float().masked_fill(missing_B1HW, MISSING_SCORE)
+    masked_BKHW = scores_BKHW[:, :, :height, :width].float().masked_fill(missing_B1HW, MISSING_SCORE)
     maps_BCHW = smooth_attention(
         values_BHWD,
         texts_CE.to(values_BHWD.device),
@@ -193,9 +189,7 @@ def _score_tiles(
     return maps_BCHW.detach().float().cpu(), valid_BHW
 
 
-def _read_tile(
-    scene: SceneReader, row: int, column: int, tiling: Tiling, patch: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_tile(scene: SceneReader, row: int, column: int, tiling: Tiling, patch: int) -> tuple[np.ndarray, np.ndarray]:
     """A whole tile (pixels, valid patches), reflected beyond the scene; missing pixels get the mean colour."""
     size = tiling.tile_patches
     top, left = row * patch, column * patch
@@ -211,13 +205,8 @@ def _read_tile(
             image_HWC = np.where(valid_HW[:, :, None], image_HWC, mean_colour)
     beyond = ((0, size * patch - height), (0, size * patch - width))
     image_HWC = np.pad(image_HWC, (*beyond, (0, 0)), mode="reflect")
-    valid_share_HW = (
-        np.pad(valid_HW, beyond, mode="reflect").reshape(size, patch, size, patch).mean(axis=(1, 3))
-    )
-    valid_patches_HW = valid_share_HW >= 0.5
-    valid_patches_HW[-(-height // patch) :] = False
-    valid_patches_HW[:, -(-width // patch) :] = False
-    return image_HWC, valid_patches_HW
+    valid_share_HW = np.pad(valid_HW, beyond, mode="reflect").reshape(size, patch, size, patch).mean(axis=(1, 3))
+    return image_HWC, valid_share_HW[: -(-height // patch), : -(-width // patch)] >= 0.5
 
 
 def _stretch(

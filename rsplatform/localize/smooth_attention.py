@@ -48,9 +48,7 @@ def smooth_attention(
     _check(values_BHWD, texts_CE, window, stride)
     height, width = values_BHWD.shape[1:3]
     rows, columns = (_centres(length, window // 2, stride) for length in (height, width))
-    pooled_BUVD = _pool_windows(
-        values_BHWD, _scores_per_head(values_BHWD, scores_BHW), rows, columns, window // 2
-    )
+    pooled_BUVD = _pool_windows(values_BHWD, _scores_per_head(values_BHWD, scores_BHW), rows, columns, window // 2)
     maps_BCUV = _cosines(pooled_BUVD, texts_CE, head)
     over_rows_HU = _mean_over_cover(rows, height, window // 2, maps_BCUV)
     over_columns_WV = _mean_over_cover(columns, width, window // 2, maps_BCUV)
@@ -70,17 +68,13 @@ def upsample(maps_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _check(values_BHWD: torch.Tensor, texts_CE: torch.Tensor, window: int, stride: int) -> None:
     if values_BHWD.ndim != 4 or 0 in values_BHWD.shape:
-        raise ValueError(
-            f"values_BHWD must be (B, H, W, D) without empty axes, got {tuple(values_BHWD.shape)}"
-        )
+        raise ValueError(f"values_BHWD must be (B, H, W, D) without empty axes, got {tuple(values_BHWD.shape)}")
     if texts_CE.ndim != 2 or 0 in texts_CE.shape:
         raise ValueError(f"texts_CE must be (C, E) with at least one text, got {tuple(texts_CE.shape)}")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be an odd number of patches so that it has a centre, got {window}")
     if not 1 <= stride <= window:
-        raise ValueError(
-            f"stride must lie in 1…window so that every patch is covered, got {stride} for {window}"
-        )
+        raise ValueError(f"stride must lie in 1…window so that every patch is covered, got {stride} for {window}")
 
 
 def _scores_per_head(values_BHWD: torch.Tensor, scores_BHW: torch.Tensor | None) -> torch.Tensor:
@@ -147,9 +141,7 @@ def _take(tensor: torch.Tensor, axis: int, positions: Sequence[int], shift: int)
 def _cosines(pooled_BUVD: torch.Tensor, texts_CE: torch.Tensor, head: Head) -> torch.Tensor:
     embeddings_BUVE = head(pooled_BUVD)
     if embeddings_BUVE.shape[-1] != texts_CE.shape[1]:
-        raise ValueError(
-            f"head gives width {embeddings_BUVE.shape[-1]}, but the texts have {texts_CE.shape[1]}"
-        )
+        raise ValueError(f"head gives width {embeddings_BUVE.shape[-1]}, but the texts have {texts_CE.shape[1]}")
     dtype = torch.promote_types(embeddings_BUVE.dtype, torch.float32)
     embeddings_BUVE = F.normalize(embeddings_BUVE.to(dtype), dim=-1)
     return (embeddings_BUVE @ F.normalize(texts_CE.to(dtype), dim=-1).T).permute(0, 3, 1, 2)

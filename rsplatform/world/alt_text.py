@@ -81,11 +81,14 @@ def make_alt_text(rng: np.random.Generator, sort: str, good: str) -> str:
     return JUNK[int(rng.integers(len(JUNK)))].format(number=number)
 
 
-def describe_overhead(rng: np.random.Generator, share_by_class: dict[str, float], names: list[str]) -> str:
+def describe_overhead(
+    rng: np.random.Generator, share_by_class: dict[str, float], names_by_class: dict[str, list[str]]
+) -> str:
     """A true sentence on a picture from above: its rarest class first, then one or two others, at times a name."""
-    present = [words for name, least, words in SUBJECTS if share_by_class.get(name, 0.0) >= least]
-    phrases = [words[int(rng.integers(len(words)))] for words in present] or ["open ground"]
-    if names and rng.random() < 0.25:
+    present = [(name, words) for name, least, words in SUBJECTS if share_by_class.get(name, 0.0) >= least]
+    phrases = [words[int(rng.integers(len(words)))] for _, words in present] or ["open ground"]
+    names = names_by_class.get(present[0][0], []) if present else []
+    if names and rng.random() < 0.35:
         phrases[0] = f"{phrases[0]}, {names[int(rng.integers(len(names)))]},"
     text = OPENINGS[int(rng.integers(len(OPENINGS)))].format(phrases[0])
     for phrase in phrases[1 : int(rng.integers(1, 4))]:

@@ -25,9 +25,7 @@ class Frame:
 
     def __init__(self, draft: Draft):
         self.angle = draft.number(0, math.pi / 2)
-        self.waves = [
-            (draft.number(900, 1700), draft.number(0, 6.28), draft.number(12, 30)) for _ in range(4)
-        ]
+        self.waves = [(draft.number(900, 1700), draft.number(0, 6.28), draft.number(12, 30)) for _ in range(4)]
 
     def to_land(self, points_P2: NDArray[np.float64]) -> NDArray[np.float64]:
         """(P, 2) of this frame to (P, 2) local metres."""
@@ -41,12 +39,10 @@ class Frame:
 
     def shape(self, geometry: BaseGeometry) -> BaseGeometry:
         """A geometry of this frame, bent, in local metres."""
-        return shapely.transform(shapely.segmentize(geometry, 40.0), self.to_land)
+        return shapely.simplify(shapely.transform(shapely.segmentize(geometry, 40.0), self.to_land), 0.5)
 
 
-def split_box(
-    draft: Draft, box: Box, largest_m: float, cuts: list[tuple[float, float, float, float]]
-) -> list[Box]:
+def split_box(draft: Draft, box: Box, largest_m: float, cuts: list[tuple[float, float, float, float]]) -> list[Box]:
     """Halves a box, unevenly, until no side exceeds about `largest_m`; each cut (a segment) is added to `cuts`."""
     left, bottom, right, top = box
     width, height = right - left, top - bottom
@@ -73,9 +69,7 @@ def lay_blocks(draft: Draft) -> None:
     boxes = split_box(draft, (-reach, -reach, reach, reach), LARGEST_BLOCK_M, cuts)
     claimed = draft.claimed()
     shapely.prepare(claimed)
-    roads = [
-        _road(draft, frame.shape(shapely.LineString([cut[:2], cut[2:]])), draft.number(9, 14)) for cut in cuts
-    ]
+    roads = [_road(draft, frame.shape(shapely.LineString([cut[:2], cut[2:]])), draft.number(9, 14)) for cut in cuts]
     uses = list(USE_SHARES)
     window = shapely.box(-draft.half_m, -draft.half_m, draft.half_m, draft.half_m)
     for box in boxes:
@@ -172,9 +166,7 @@ def _town(draft: Draft, frame: Frame, box: Box) -> None:
     draft.features.append(open_ground(draft, frame.shape(shapely.box(*box)), draft.number(0, 0.25)))
     large = draft.rng.random() < 0.5
     length, depth = (
-        (draft.number(36, 60), draft.number(24, 42))
-        if large
-        else (draft.number(18, 30), draft.number(14, 20))
+        (draft.number(36, 60), draft.number(24, 42)) if large else (draft.number(18, 30), draft.number(14, 20))
     )
     gap = draft.number(6, 10) if large else draft.number(3, 5)
     left, bottom, right, top = box
@@ -192,9 +184,7 @@ def _town(draft: Draft, frame: Frame, box: Box) -> None:
                     _building(draft, frame, centre, (length, depth), palette_pair[int(draft.rng.integers(3))])
 
 
-def _building(
-    draft: Draft, frame: Frame, centre: tuple[float, float], size: tuple[float, float], palette: str
-) -> None:
+def _building(draft: Draft, frame: Frame, centre: tuple[float, float], size: tuple[float, float], palette: str) -> None:
     size = (size[0] * draft.number(0.85, 1.0), size[1] * draft.number(0.85, 1.0))
     corner = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array(size) / 2 + np.array(centre)
     points = frame.to_land(corner)

@@ -35,16 +35,12 @@ class Grid:
     @property
     def x_W(self) -> Floats:
         """East coordinate of each column's centre."""
-        return (self.left_m + (np.arange(self.width) + 0.5) * self.ground_sample_distance_m).astype(
-            np.float32
-        )
+        return (self.left_m + (np.arange(self.width) + 0.5) * self.ground_sample_distance_m).astype(np.float32)
 
     @property
     def y_H(self) -> Floats:
         """North coordinate of each row's centre."""
-        return (self.top_m - (np.arange(self.height) + 0.5) * self.ground_sample_distance_m).astype(
-            np.float32
-        )
+        return (self.top_m - (np.arange(self.height) + 0.5) * self.ground_sample_distance_m).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,7 @@ class Canvas:
         """Makes pixels lighter or darker."""
         self.rgb_NC[pixels_N] *= factor_N[:, None]
 
-    def cover(
-        self, pixels_N: NDArray[np.int64], colour: tuple[float, float, float], opacity: float = 1.0
-    ) -> None:
+    def cover(self, pixels_N: NDArray[np.int64], colour: tuple[float, float, float], opacity: float = 1.0) -> None:
         """Paints a colour over pixels."""
         self.rgb_NC[pixels_N] += opacity * (np.array(colour, np.float32) - self.rgb_NC[pixels_N])
 
@@ -107,9 +101,7 @@ def burn(shapes: list[tuple[BaseGeometry, int]], grid: Grid) -> NDArray[np.int32
     )
 
 
-def start_canvas(
-    features: list[Feature], grid: Grid, light: Light, ground: tuple[float, float, float]
-) -> Canvas:
+def start_canvas(features: list[Feature], grid: Grid, light: Light, ground: tuple[float, float, float]) -> Canvas:
     """Every feature in its flat colour on the ground's colour."""
     shapes = [(feature.footprint, number + 1) for number, feature in enumerate(features)]
     ids_HW = burn([(shape, value) for shape, value in shapes if not shape.is_empty], grid)

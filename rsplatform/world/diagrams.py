@@ -57,9 +57,7 @@ def _map(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: Size) -> str
         draw.line(ends, fill=INK, width=7)
         draw.line(ends, fill=any_colour(rng), width=5)
     for _ in range(int(rng.integers(2, 6))):
-        draw.text(
-            (rng.uniform(0, width * 0.7), rng.uniform(0, height - 12)), draw_name(rng, "road"), fill=INK
-        )
+        draw.text((rng.uniform(0, width * 0.7), rng.uniform(0, height - 12)), draw_name(rng, "road"), fill=INK)
     return "a drawn map with roads and place names"
 
 
@@ -71,7 +69,5 @@ def _flow_chart(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: Size)
         left = width * rng.uniform(0.1, 0.3)
         draw.rectangle((left, top, left + width * 0.5, top + 24), fill=any_colour(rng), outline=INK, width=2)
         draw.text((left + 5, top + 6), draw_name(rng, "warehouse"), fill=INK)
-        draw.line(
-            [(left + width * 0.25, top + 24), (left + width * 0.25, top + height / rows)], fill=INK, width=2
-        )
+        draw.line([(left + width * 0.25, top + 24), (left + width * 0.25, top + height / rows)], fill=INK, width=2)
     return "a flow chart with boxes and arrows"

@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from rsplatform.config import Config
 from rsplatform.world.palettes import CLASS_NAMES
 from rsplatform.world.scenes import (
     ScenePlan,
@@ -44,10 +45,8 @@ PAIR_SCHEMA = pa.schema(
 TRAIN_PAIR_SCHEMA = PAIR_SCHEMA.append(pa.field("is_overhead", pa.bool_()))
 
 
-class WorldConfig(BaseModel):
+class WorldConfig(Config):
     """What world to make. The defaults take well under a minute on two cores and some 50 MB."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(default=7, ge=0)
     scene_size_px: int = Field(default=1280, ge=256, le=8192)
@@ -61,9 +60,7 @@ class WorldError(Exception):
     """The folder cannot become, or already is, another world; the message says what to do."""
 
 
-def make_world(
-    config: WorldConfig, folder: Path, *, progress: Progress | None = None, num_workers: int = 2
-) -> Path:
+def make_world(config: WorldConfig, folder: Path, *, progress: Progress | None = None, num_workers: int = 2) -> Path:
     """Makes the world in `folder` and returns the folder; a finished one of the same config is left as it is.
 
     Raises:
@@ -74,6 +71,7 @@ def make_world(
     for part in ("scenes", "masks", "web"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     scenes = plan_scenes(config.seed, config.scene_size_px, config.num_train_scenes, config.num_val_scenes)
+    _refuse_strangers(folder, {f"{plan.name}.tif" for plan in scenes} | {"classes.json"})
     pair_tasks = [
         *plan_pairs(config.seed, "pairs", config.num_web_pairs),
         *plan_pairs(config.seed, "train_pairs", config.num_train_pairs),
@@ -102,9 +100,7 @@ def is_finished(config: WorldConfig, folder: Path) -> bool:
         found = json.loads(path.read_text())
         made_of = {"format_version": found["format_version"], **found["config"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise WorldError(
-            f"{path}: not a world's description ({error!r}); delete {folder} to make it anew"
-        ) from error
+        raise WorldError(f"{path}: not a world's description ({error!r}); delete {folder} to make it anew") from error
     wanted = {"format_version": FORMAT_VERSION, **config.model_dump()}
     different = [
         f"{key}: {made_of.get(key)} there, {wanted.get(key)} asked"
@@ -115,6 +111,13 @@ def is_finished(config: WorldConfig, folder: Path) -> bool:
         remedy = f"choose another folder, or delete {folder}"
         raise WorldError(f"{path}: a finished world of another config ({'; '.join(different)}); {remedy}")
     return True
+
+
+def _refuse_strangers(folder: Path, planned: set[str]) -> None:
+    """A folder of scenes is read whole by the next stage: a leftover of another world would slip in."""
+    strangers = [path for part in ("scenes", "masks") for path in (folder / part).iterdir() if path.name not in planned]
+    if strangers:
+        raise WorldError(f"{strangers[0]}: not of this world; choose another folder, or delete {folder}")
 
 
 def _run(work: list[tuple[Path, ScenePlan | PairTask]], num_workers: int) -> Iterator[list[dict[str, Any]]]:
@@ -137,13 +140,9 @@ def _make(item: tuple[Path, ScenePlan | PairTask]) -> list[dict[str, Any]]:
     return landmark_records(task, features) if task.visit == 0 else []
 
 
-def _write_tables(
-    folder: Path, landmarks: list[dict[str, Any]], pairs: dict[str, list[dict[str, Any]]]
-) -> None:
+def _write_tables(folder: Path, landmarks: list[dict[str, Any]], pairs: dict[str, list[dict[str, Any]]]) -> None:
     _write_json(folder / "landmarks.geojson", {"type": "FeatureCollection", "features": landmarks})
-    _write_json(
-        folder / "masks" / "classes.json", {str(number): name for number, name in enumerate(CLASS_NAMES)}
-    )
+    _write_json(folder / "masks" / "classes.json", {str(number): name for number, name in enumerate(CLASS_NAMES)})
     for name, schema in (("pairs", PAIR_SCHEMA), ("train_pairs", TRAIN_PAIR_SCHEMA)):
         rows = sorted(pairs[name], key=lambda row: row["row"])
         table = pa.Table.from_pylist([{key: row[key] for key in schema.names} for row in rows], schema=schema)

@@ -38,17 +38,18 @@ def draw_ground_picture(rng: np.random.Generator, size: Size) -> tuple[np.ndarra
     )
     picture, words = painters[int(rng.integers(len(painters)))](rng, size)
     pixels_HWC = np.asarray(picture, np.float32)
-    width, height = size
-    scale = fractal_noise(
-        np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32), {40: 0.06, 9: 0.05, 2.5: 0.06},
-        int(rng.integers(1 << 30)),
-    )  # fmt: skip
+    scale = _mottle(rng, size, {40: 0.06, 9: 0.05, 2.5: 0.06})
     lit = pixels_HWC * (1 + scale[..., None]) * rng.uniform(0.8, 1.15) + rng.normal(0, 3, pixels_HWC.shape)
     return np.clip(lit, 0, 255).astype(np.uint8), words
 
 
+def _mottle(rng: np.random.Generator, size: Size, weights_by_period_px: dict[float, float]) -> Floats:
+    columns, rows = (np.arange(side, dtype=np.float32) for side in size)
+    return fractal_noise(columns, rows, weights_by_period_px, int(rng.integers(1 << 30)))
+
+
 def _sky(rng: np.random.Generator, size: Size) -> tuple[Floats, str]:
-    width, height = size
+    _, height = size
     top, low, word = (
         ((96, 140, 200), (190, 208, 226), "a blue sky"),
         ((150, 156, 164), (196, 198, 200), "an overcast sky"),
@@ -56,10 +57,7 @@ def _sky(rng: np.random.Generator, size: Size) -> tuple[Floats, str]:
     )[int(rng.integers(3))]
     share = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     sky = np.array(top, np.float32) * (1 - share) + np.array(low, np.float32) * share
-    cloud = fractal_noise(
-        np.arange(width, dtype=np.float32), 2.5 * np.arange(height, dtype=np.float32), {90: 0.7, 30: 0.4},
-        int(rng.integers(1 << 30)),
-    )  # fmt: skip
+    cloud = _mottle(rng, size, {70: 0.7, 25: 0.4})
     return sky + (np.clip(cloud, 0, 1) * 70)[..., None], word
 
 
@@ -146,9 +144,7 @@ def _tree(rng: np.random.Generator, size: Size) -> tuple[Image.Image, str]:
     to_x, to_y, value = nearest_crowns(
         column[inside], row[inside], float(rng.uniform(6, 13)), int(rng.integers(1 << 30))
     )
-    leaves = (
-        np.array(any_colour(rng), np.float32) * (1.2 - 0.09 * np.hypot(to_x, to_y) + 0.3 * value)[:, None]
-    )
+    leaves = np.array(any_colour(rng), np.float32) * (1.2 - 0.09 * np.hypot(to_x, to_y) + 0.3 * value)[:, None]
     pixels[inside] = leaves
     return _picture(pixels), "a single large tree in a park"
 

@@ -3,10 +3,12 @@
 Letters: H, W rows and columns of a grid; N loose pixels. Coordinates are local metres, x east, y north.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 TABLE_SIZE = 256  # the noise repeats after this many lattice cells
 
 

@@ -78,16 +78,24 @@ def _cast_shadows(canvas: Canvas) -> None:
 
 def _blur(rgb_HWC: Floats) -> Floats:
     """The optics: a small 3x3 blur, which also softens the stairs of rasterized edges."""
-    padded = np.pad(rgb_HWC, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    rows = 0.16 * (padded[:-2] + padded[2:]) + 0.68 * padded[1:-1]
-    return 0.16 * (rows[:, :-2] + rows[:, 2:]) + 0.68 * rows[:, 1:-1]
+    rows = np.float32(0.68) * rgb_HWC
+    rows[1:-1] += np.float32(0.16) * (rgb_HWC[:-2] + rgb_HWC[2:])
+    rows[[0, -1]] += np.float32(0.16) * (rgb_HWC[[0, -1]] + rgb_HWC[[1, -2]])
+    both = np.float32(0.68) * rows
+    both[:, 1:-1] += np.float32(0.16) * (rows[:, :-2] + rows[:, 2:])
+    both[:, [0, -1]] += np.float32(0.16) * (rows[:, [0, -1]] + rows[:, [1, -2]])
+    return both
 
 
 def _through_air(rgb_HWC: Floats, look: Look) -> Floats:
-    grey_HW1 = rgb_HWC.mean(axis=2, keepdims=True)
-    muted = grey_HW1 + look.saturation * (rgb_HWC - grey_HW1)
-    lit = muted * np.array(look.gain_rgb, np.float32)
-    return lit + look.haze * (np.array(HAZE_RGB, np.float32) - lit)
+    """Less saturated, tinted, and veiled by haze. Changes its argument, which is nobody else's."""
+    grey_HW1 = (rgb_HWC[..., 0] + rgb_HWC[..., 1] + rgb_HWC[..., 2])[..., None] / np.float32(3)
+    gain = np.array(look.gain_rgb, np.float32) * np.float32(1 - look.haze)
+    rgb_HWC *= np.float32(look.saturation)
+    rgb_HWC += np.float32(1 - look.saturation) * grey_HW1
+    rgb_HWC *= gain
+    rgb_HWC += np.float32(look.haze) * np.array(HAZE_RGB, np.float32)
+    return rgb_HWC
 
 
 def to_bytes(rgb_HWC: Floats) -> Bytes:
@@ -98,7 +106,5 @@ def to_bytes(rgb_HWC: Floats) -> Bytes:
 def visible_features(features: list[Feature], grid: Grid) -> list[Feature]:
     """The features that a grid shows at least a part of."""
     gsd = grid.ground_sample_distance_m
-    window = shapely.box(
-        grid.left_m, grid.top_m - grid.height * gsd, grid.left_m + grid.width * gsd, grid.top_m
-    )
+    window = shapely.box(grid.left_m, grid.top_m - grid.height * gsd, grid.left_m + grid.width * gsd, grid.top_m)
     return [feature for feature in features if feature.geometry.intersects(window)]

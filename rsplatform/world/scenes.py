@@ -15,6 +15,7 @@ import shapely
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.transform import Affine
+from shapely.geometry.base import BaseGeometry
 
 from rsplatform.world import palettes
 from rsplatform.world.canvas import Grid
@@ -75,9 +76,7 @@ class ScenePlan:
 def plan_scenes(seed: int, size_px: int, num_train: int, num_val: int) -> list[ScenePlan]:
     """All scenes of a world. The first two train scenes see one place on two dates, the second time with cloud."""
     plans: list[ScenePlan] = []
-    names = [("train", number) for number in range(num_train)] + [
-        ("val", number) for number in range(num_val)
-    ]
+    names = [("train", number) for number in range(num_train)] + [("val", number) for number in range(num_val)]
     for index, (split, number) in enumerate(names):
         rng = np.random.default_rng((seed, 1, index))
         visit = 1 if (split, number) == ("train", 1) else 0
@@ -193,7 +192,7 @@ def landmark_records(plan: ScenePlan, features: list[Feature]) -> list[dict[str,
     east, north = plan.origin_en
     mapped = [feature for feature in features if feature.class_id != palettes.BACKGROUND]
     geometries = np.array([feature.geometry for feature in mapped])
-    points_P2 = shapely.get_coordinates(geometries) + (east, north)
+    points_P2 = shapely.get_coordinates(geometries) + np.array([east, north])
     lon, lat = to_lonlat.transform(points_P2[:, 0], points_P2[:, 1])
     shapely.set_coordinates(geometries, np.round(np.stack([lon, lat], axis=1), 7))
     return [
@@ -202,7 +201,7 @@ def landmark_records(plan: ScenePlan, features: list[Feature]) -> list[dict[str,
     ]
 
 
-def _record(landmark_id: str, feature: Feature, geometry: shapely.Geometry) -> dict[str, Any]:
+def _record(landmark_id: str, feature: Feature, geometry: BaseGeometry) -> dict[str, Any]:
     properties: dict[str, Any] = {
         "id": landmark_id,
         "kind": palettes.CLASS_NAMES[feature.class_id],
@@ -211,4 +210,4 @@ def _record(landmark_id: str, feature: Feature, geometry: shapely.Geometry) -> d
     }
     if feature.width_m:
         properties["width_m"] = round(feature.width_m, 1)
-    return {"type": "Feature", "properties": properties, "geometry": shapely.geometry.mapping(geometry)}
+    return {"type": "Feature", "properties": properties, "geometry": mapping(geometry)}

@@ -67,7 +67,7 @@ def place_large_water(draft: Draft) -> None:
         outline, kind, dug = np.concatenate([shore, far]), "sea", 0.3
     else:
         shore = _wavy_line(draft, draft.number(-0.4, 0.4) * draft.half_m)
-        other = shore + [0, draft.number(110, 240)]
+        other = shore + np.array([0, draft.number(110, 240)])
         outline, kind, dug = np.concatenate([shore, other[::-1]]), "river", 0.85
     polygon = shapely.Polygon(_turn(outline, angle)).buffer(0)
     window = shapely.box(-draft.half_m, -draft.half_m, draft.half_m, draft.half_m)

@@ -74,9 +74,7 @@ def _stadium(canvas: Canvas, pixels: Pixels, frame: tuple[Floats, Floats], featu
     aisles = np.where(np.abs(np.mod(turn, math.pi / 14) - math.pi / 28) < 0.02, -0.2, 0.0)
     cosine, sine = math.cos(feature.angle), math.sin(feature.angle)
     away_x, away_y = canvas.light.away_xy
-    facing = np.cos(turn) * (away_x * cosine + away_y * sine) + np.sin(turn) * (
-        away_y * cosine - away_x * sine
-    )
+    facing = np.cos(turn) * (away_x * cosine + away_y * sine) + np.sin(turn) * (away_y * cosine - away_x * sine)
     shade = 1 + tiers + aisles + 0.22 * facing
     canvas.shade(pixels[on_stands], np.clip(shade, 0.5, 1.5)[on_stands].astype(np.float32))
     canvas.shade(pixels[radius > 0.95], np.full(int((radius > 0.95).sum()), 1.2, np.float32))
@@ -107,9 +105,7 @@ def _harbour(canvas: Canvas, pixels: Pixels, frame: tuple[Floats, Floats], featu
     on_pier = (np.mod(across, spacing) < pier_width) & (from_land < depth * 0.9)
     basin = (from_land > quay) & ~on_pier
     canvas.cover(pixels[basin], feature.second_colour)
-    canvas.shade(
-        pixels, np.where(basin, 1.0, 0.95 + 0.1 * cell_values(_cells(along, 12), _cells(across, 12), 3))
-    )
+    canvas.shade(pixels, np.where(basin, 1.0, 0.95 + 0.1 * cell_values(_cells(along, 12), _cells(across, 12), 3)))
     shadow = basin & (np.mod(across, spacing) < pier_width + 2.5)
     canvas.shade(pixels[shadow], np.full(int(shadow.sum()), 0.6, np.float32))
     _boats(canvas, pixels, (from_land - quay, np.mod(across, spacing) - pier_width, across), feature)
@@ -133,9 +129,7 @@ def _boats(canvas: Canvas, pixels: Pixels, frame: tuple[Floats, Floats, Floats],
     canvas.cover(pixels[moored & (chance >= 0.6)], (104, 84, 70), 0.85)
 
 
-def _quay_cargo(
-    canvas: Canvas, pixels: Pixels, frame: tuple[Floats, Floats, NDArray[np.bool_]], seed: int
-) -> None:
+def _quay_cargo(canvas: Canvas, pixels: Pixels, frame: tuple[Floats, Floats, NDArray[np.bool_]], seed: int) -> None:
     """Rows of containers, each of its own colour from the shared palettes."""
     along, across, chosen = frame
     along, across = along[chosen], across[chosen]

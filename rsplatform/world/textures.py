@@ -35,9 +35,7 @@ def paint_ground(canvas: Canvas, seed: int) -> None:
         _constant(0.62, present & in_shadow & (distance >= radius)),
     )
     lit = present & (distance < radius)
-    canvas.shade(
-        pixels[lit], (0.80 - 0.035 * (offset_x * away_x + offset_y * away_y)[lit]).astype(np.float32)
-    )
+    canvas.shade(pixels[lit], (0.80 - 0.035 * (offset_x * away_x + offset_y * away_y)[lit]).astype(np.float32))
 
 
 def _constant(value: float, chosen: np.ndarray) -> Floats:

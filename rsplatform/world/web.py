@@ -63,9 +63,7 @@ def make_pairs(task: PairTask) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for position, (row, truth) in enumerate(task.rows):
         seeds = (task.world_seed, PAIR_SETS[task.pair_set], 1, row)
-        envelope = draw_envelope(
-            np.random.default_rng((*seeds, 0)), DAMAGE_SHARE if task.pair_set == "pairs" else 0.0
-        )
+        envelope = draw_envelope(np.random.default_rng((*seeds, 0)), DAMAGE_SHARE if task.pair_set == "pairs" else 0.0)
         rng = np.random.default_rng((*seeds, 1))
         if land is not None:
             pixels_HWC, words = land.cell(rng, position, envelope)
@@ -125,9 +123,10 @@ class _Land:
         shares = np.bincount(self.classes_HW[window].ravel(), minlength=len(CLASS_NAMES)) / (width * height)
         gsd = self.grid.ground_sample_distance_m
         cut = Grid(self.grid.left_m + left * gsd, self.grid.top_m - top * gsd, gsd, width, height)
-        subjects = [feature for feature in visible_features(self.features, cut) if feature.name]
-        rarest = max((feature.class_id for feature in subjects if feature.size_m[0] > 150), default=-1)
-        names = [feature.name for feature in subjects if feature.class_id == rarest]
+        names: dict[str, list[str]] = {}
+        for feature in visible_features(self.features, cut):
+            if feature.name:
+                names.setdefault(CLASS_NAMES[feature.class_id], []).append(feature.name)
         words = describe_overhead(rng, dict(zip(CLASS_NAMES, shares.tolist(), strict=True)), names)
         pixels_HWC = np.rot90(pixels_HWC) if turned else pixels_HWC
         return np.ascontiguousarray(pixels_HWC[:, :: int(rng.choice([-1, 1]))]), words

@@ -14,9 +14,7 @@ def slow_recall(images, texts, image_of_text, ks):
     text_to_image, image_to_text = [], []
     for text, own in enumerate(image_of_text):
         others = [image for image in range(len(images)) if image != own]
-        text_to_image.append(
-            sum(images[image] @ texts[text] >= images[own] @ texts[text] for image in others)
-        )
+        text_to_image.append(sum(images[image] @ texts[text] >= images[own] @ texts[text] for image in others))
     for image in sorted(set(image_of_text)):
         best = max(images[image] @ texts[text] for text, own in enumerate(image_of_text) if own == image)
         foreign = [text for text, own in enumerate(image_of_text) if own != image]

@@ -57,9 +57,7 @@ def test_methods_are_scored_on_the_same_pictures_by_the_same_rule():
         return {"smooth": exact, "raw": exact.roll(3, dims=2)}
 
     samples = [(mask[:, :, None], mask)] * 3
-    scores = evaluate_segmentation(
-        samples, maps_by_method, SegmentationTask(class_of_prompt=(0, 1), num_classes=2)
-    )
+    scores = evaluate_segmentation(samples, maps_by_method, SegmentationTask(class_of_prompt=(0, 1), num_classes=2))
     assert scores["smooth"].mean_iou == 100.0
     assert scores["raw"].mean_iou < 60.0
 

@@ -59,9 +59,7 @@ def reader(image_HWC, valid_HW=None):
 
 def whole(strips):
     strips = list(strips)
-    assert [strip.row for strip in strips] == list(
-        np.cumsum([0, *(strip.maps_CHW.shape[1] for strip in strips[:-1])])
-    )
+    assert [strip.row for strip in strips] == list(np.cumsum([0, *(strip.maps_CHW.shape[1] for strip in strips[:-1])]))
     return torch.cat([strip.maps_CHW for strip in strips], dim=1)
 
 
@@ -104,9 +102,7 @@ def test_a_mosaic_equals_the_whole_away_from_its_cuts(encoder):
             rows = slice(reach if row else 0, 12 if row else 12 - reach)
             columns = slice(reach if column else 0, 14 if column else 14 - reach)
             matching = expected[:, row : row + 12, column : column + 14]
-            torch.testing.assert_close(
-                found[:, rows, columns], matching[:, rows, columns], atol=1e-5, rtol=0
-            )
+            torch.testing.assert_close(found[:, rows, columns], matching[:, rows, columns], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (83, 61), (PATCH * 8, PATCH * 20)])
@@ -135,7 +131,9 @@ def test_missing_pixels_are_missing_and_change_nothing_far_away(encoder):
     other = np.where(valid[:, :, None], image, 255).astype(np.uint8)
     again = whole(score_strips(reader(other, valid), encoder, TEXTS, tiling))
     torch.testing.assert_close(found, again, equal_nan=True, atol=0, rtol=0)
-    pixels = whole(upsample_strips(score_strips(reader(black, valid), encoder, TEXTS, tiling), reader(black, valid), PATCH))
+    pixels = whole(
+        upsample_strips(score_strips(reader(black, valid), encoder, TEXTS, tiling), reader(black, valid), PATCH)
+    )
     assert torch.equal(pixels[0].isnan(), torch.from_numpy(~valid))
 
 

@@ -92,9 +92,7 @@ def test_float32_is_exact_where_scores_spread_by_200():
     values, texts = torch.randn(1, height, width, 64), F.normalize(torch.randn(4, 64), dim=-1)
     scores = (200 * torch.rand(1, 1, height, width) - 100).float()
     expected = slow_maps(values.float().double(), texts, torch.nn.Identity(), scores.double(), 5, 1)
-    found = smooth_attention(
-        values.float(), texts.float(), head=torch.nn.Identity(), scores_BHW=scores[:, 0], window=5
-    )
+    found = smooth_attention(values.float(), texts.float(), head=torch.nn.Identity(), scores_BHW=scores[:, 0], window=5)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
 
 
@@ -102,9 +100,7 @@ def test_many_strips_equal_one(monkeypatch):
     values, texts = torch.randn(2, 9, 5, 4), torch.randn(3, 4)
     whole = smooth_attention(values, texts, head=torch.nn.Identity(), window=5, stride=2)
     monkeypatch.setattr("rsplatform.localize.smooth_attention.CPU_STRIP_VALUES", 1)
-    torch.testing.assert_close(
-        smooth_attention(values, texts, head=torch.nn.Identity(), window=5, stride=2), whole
-    )
+    torch.testing.assert_close(smooth_attention(values, texts, head=torch.nn.Identity(), window=5, stride=2), whole)
 
 
 @pytest.mark.parametrize("stride", [1, 3])

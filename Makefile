@@ -1,0 +1,62 @@
+# Two commands: `make demo` and `make test`. Everything else is one line that a person could type.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ROOT ?= artifacts
+RECIPE ?= world
+CLUSTER ?= cluster/local.yaml
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
+
+.PHONY: demo real test unit lint format bench serve mlflow clean help
+
+help:
+	@echo "make demo    the whole chain over the built-in world, about 10 minutes on 2 cores"
+	@echo "make test    all tests      make unit   those without Ray (< 60 s)      make lint   ruff and pyright"
+	@echo "make serve   search and map page over the demo's index      make mlflow   what every job recorded"
+	@echo "make real    the same chain over real data (RSPLATFORM_TEST_DATA=/your/data)"
+	@echo "make bench   the measured claims      make clean   remove $(VENV) and caches; artifacts stay"
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rsplatform needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/python jobs/demo.py configs/demo/world.yaml $(CLUSTER)
+
+real: $(VENV)/.run
+	$(BIN)/python jobs/demo.py configs/demo/real.yaml $(CLUSTER)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.run
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+serve: $(VENV)/.run
+	$(BIN)/python jobs/serve.py configs/serve/$(RECIPE).yaml $(CLUSTER)
+
+mlflow: $(VENV)/.run
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(ROOT))/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@echo "artifacts stay in $(ROOT)/; delete that folder yourself if you mean it"

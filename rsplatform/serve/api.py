@@ -1,0 +1,233 @@
+"""What the HTTP API accepts and returns, as pydantic models with limits and examples: the source of openapi.json.
+
+Degrees are WGS 84; boxes are [west, south, east, north]; pictures travel as base64 of JPEG, PNG or WEBP. No image
+URLs on purpose: the server fetches nothing for a caller. Nothing here computes.
+"""
+
+import base64
+import binascii
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from rsplatform.index.filters import parse_interval
+
+MAX_K = 100
+MAX_TEXTS = 16
+MAX_IMAGES = 16
+MAX_TEXT_CHARACTERS = 512
+MAX_IMAGE_CHARACTERS = 8 * 2**20
+MAX_IMAGE_PIXELS = 32 * 10**6
+ID_PATTERN = r"^[\w][\w.:@=+-]{0,199}$"
+DATA_URL = re.compile(r"^data:image/[a-z]+;base64,")
+
+
+def _is_interval(text: str) -> str:
+    parse_interval(text)
+    return text
+
+
+def _is_box(bbox: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    west, south, east, north = bbox
+    if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south <= north <= 90):
+        raise ValueError("expected [west, south, east, north] in degrees with south ≤ north")
+    return bbox
+
+
+def _is_range(limits: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= limits[0] <= limits[1]:
+        raise ValueError("expected [min, max] in metres with 0 ≤ min ≤ max")
+    return limits
+
+
+Text = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARACTERS, strip_whitespace=True)
+]
+ChipId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
+ImageBase64 = Annotated[str, StringConstraints(min_length=1, max_length=MAX_IMAGE_CHARACTERS)]
+LonLat = tuple[float, float]
+Box = tuple[float, float, float, float]
+
+
+def image_bytes(image: str) -> bytes:
+    """The bytes of a base64 picture, with or without a `data:image/…;base64,` prefix; ValueError if it is none."""
+    try:
+        return base64.b64decode(DATA_URL.sub("", image, count=1), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("image: not base64; send the bytes of a JPEG, PNG or WEBP file in base64") from None
+
+
+class Request(BaseModel):
+    """Base of requests: unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _exactly_one(request: BaseModel, names: tuple[str, ...]) -> None:
+    given = [name for name in names if getattr(request, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(names)}; got {', '.join(given) or 'none'}")
+
+
+class SearchRequest(Request):
+    """A text, a picture or a known chip to compare with, and what the chips must meet."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"text": "a runway beside fields", "k": 5, "localize": True},
+                {"text": "harbour", "k": 10, "bbox": [9.0, 53.0, 10.5, 54.0], "gsd_m": [0.3, 2]},
+                {"chip_id": "scene_01-000042", "k": 8, "datetime": "2020-01-01T00:00:00Z/.."},
+            ]
+        }
+    )
+    text: Text | None = Field(default=None, description="What to look for, in words")
+    image: ImageBase64 | None = Field(default=None, description="A picture to compare with, in base64")
+    chip_id: ChipId | None = Field(default=None, description="Find more like this chip; it is left out itself")
+    k: int = Field(default=10, ge=1, le=MAX_K, description="How many chips")
+    bbox: Annotated[Box, AfterValidator(_is_box)] | None = Field(
+        default=None, description="[west, south, east, north]; west > east crosses the antimeridian"
+    )
+    bbox_relation: Literal["intersects", "within"] = Field(
+        default="intersects", description="Chips that touch the box (STAC), or only those wholly inside"
+    )
+    datetime: Annotated[str, StringConstraints(max_length=80), AfterValidator(_is_interval)] | None = Field(
+        default=None, description="RFC 3339 time, or start/end with .. for an open side"
+    )
+    gsd_m: Annotated[tuple[float, float], AfterValidator(_is_range)] | None = Field(
+        default=None, description="[min, max] ground sample distance in metres"
+    )
+    kinds: list[Text] = Field(default=[], max_length=32, description="At least one of these landmark kinds")
+    localize: bool = Field(default=False, description="Also say where in each chip the answer is")
+
+    @model_validator(mode="after")
+    def _one_query(self) -> "SearchRequest":
+        _exactly_one(self, ("text", "image", "chip_id"))
+        return self
+
+
+class Spot(BaseModel):
+    """Where in a picture a text fits best: cosine there, the place as fractions of the picture and on Earth."""
+
+    score: float
+    peak_fraction: tuple[float, float] = Field(description="(row, column) of the peak, 0…1 from the top left")
+    box_fraction: Box = Field(description="(top, left, bottom, right) of the region around the peak, 0…1")
+    peak_lonlat: LonLat | None = None
+    box_lonlat: Box | None = None
+
+
+class SearchResult(BaseModel):
+    """One chip; `corners_lonlat` run top left, top right, bottom right, bottom left of the picture."""
+
+    chip_id: str
+    score: float = Field(description="Cosine with the query, -1…1")
+    bounds_lonlat: Box
+    corners_lonlat: list[LonLat]
+    scene: str
+    datetime: str | None
+    ground_sample_distance_m: float | None
+    caption: str
+    kinds: list[str]
+    thumbnail_url: str
+    heatmap_url: str | None = None
+    spot: Spot | None = Field(default=None, description="Where in the chip; only with localize: true")
+
+
+class SearchResponse(BaseModel):
+    """The k best chips, best first; fewer only where fewer meet the conditions."""
+
+    results: list[SearchResult]
+    model_hash: str
+
+
+class LocalizeRequest(Request):
+    """A picture or a chip, and the texts to find in it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"chip_id": "scene_01-000042", "texts": ["a runway", "water"]}]}
+    )
+    image: ImageBase64 | None = None
+    chip_id: ChipId | None = None
+    texts: list[Text] = Field(min_length=1, max_length=MAX_TEXTS)
+    output: Literal["scores", "geojson"] = Field(
+        default="scores", description="Score grids, or regions on Earth (chips only)"
+    )
+
+    @model_validator(mode="after")
+    def _one_picture(self) -> "LocalizeRequest":
+        _exactly_one(self, ("image", "chip_id"))
+        return self
+
+
+class TextMap(BaseModel):
+    """The agreement of one text with each cell of the picture's grid, and the spot where it is highest."""
+
+    text: str
+    scores: list[list[float]] = Field(description="Cosine per cell, rows from the top")
+    spot: Spot
+    heatmap_url: str | None = None
+
+
+class LocalizeResponse(BaseModel):
+    """`maps` for output scores; `geojson`, a FeatureCollection of regions, for output geojson."""
+
+    maps: list[TextMap] = []
+    geojson: dict[str, Any] | None = None
+    model_hash: str
+
+
+class EmbedRequest(Request):
+    """Texts, pictures or both."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"texts": ["a stadium", "a harbour"]}]})
+    texts: list[Text] = Field(default=[], max_length=MAX_TEXTS)
+    images: list[ImageBase64] = Field(default=[], max_length=MAX_IMAGES)
+
+    @model_validator(mode="after")
+    def _something(self) -> "EmbedRequest":
+        if not self.texts and not self.images:
+            raise ValueError("give at least one text or image")
+        return self
+
+
+class EmbedResponse(BaseModel):
+    """Unit vectors in the order of the request."""
+
+    text_embeddings: list[list[float]]
+    image_embeddings: list[list[float]]
+    model_hash: str
+
+
+class CaptionRequest(Request):
+    """A picture or a chip to describe."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"chip_id": "scene_01-000042"}]})
+    image: ImageBase64 | None = None
+    chip_id: ChipId | None = None
+
+    @model_validator(mode="after")
+    def _one_picture(self) -> "CaptionRequest":
+        _exactly_one(self, ("image", "chip_id"))
+        return self
+
+
+class CaptionResponse(BaseModel):
+    """The model's own words (greedy generation), not the caption stored with the chip."""
+
+    caption: str
+    model_hash: str
+
+
+class Health(BaseModel):
+    """`status` is "ok" once the model has encoded one sample."""
+
+    status: Literal["ok"]
+    model_hash: str
+    num_chips: int
+
+
+class Problem(BaseModel):
+    """What every refused request gets: one sentence that says what was wrong and, where it helps, the remedy."""
+
+    detail: str

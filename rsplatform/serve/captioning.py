@@ -1,0 +1,38 @@
+"""The model's own caption of a picture: greedy generation, one token at a time, through `caption_logits`.
+
+In: picture bytes. Out: text. No sampling and no beam: the same picture always gets the same words.
+"""
+
+import numpy as np
+import torch
+
+from rsplatform.model.embedder import Embedder
+from rsplatform.model.preprocess import decode_image, normalise, resize_crop
+from rsplatform.model.tokenizer import END_ID, PAD_ID, START_ID
+from rsplatform.serve.api import MAX_IMAGE_PIXELS
+
+
+def greedy_caption(embedder: Embedder, image: bytes) -> str:
+    """Caption of one picture, at most as long as the model's context.
+
+    The image is encoded again for each token (the model keeps no state between calls), so a caption costs as many
+    forwards as it has tokens.
+
+    Raises:
+        ImageError: bytes that are no acceptable picture.
+    """
+    model = embedder.model
+    vision = model.config.vision
+    square_HWC = resize_crop(decode_image(image, max_pixels=MAX_IMAGE_PIXELS), embedder.image_size)
+    images_BCHW = normalise(torch.from_numpy(square_HWC)[None].to(embedder.device), vision.pixel_mean, vision.pixel_std)
+    tokens = [START_ID]
+    with torch.no_grad():
+        while len(tokens) < model.config.text.context_length:
+            tokens_BT = torch.tensor([[*tokens, PAD_ID]], device=embedder.device)
+            logits_V = model.caption_logits(images_BCHW, tokens_BT)[0, -1]
+            logits_V[[PAD_ID, START_ID]] = -torch.inf
+            token = int(logits_V.argmax())
+            if token == END_ID:
+                break
+            tokens.append(token)
+    return embedder.tokenizer.decode(np.asarray(tokens))

@@ -1,0 +1,86 @@
+"""The scenes behind the chips: `scenes.json` of a chips artifact, and where on Earth a part of a chip lies.
+
+In: the catalogue as ingest wrote it, chips of the index. Out: lon/lat of fractions of a chip, scene summaries for
+the page. Opens no raster (tiles.py does).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rsplatform.geo import BoundsLonLat, Grid
+from rsplatform.index.store import Hit
+
+LonLat = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SceneEntry:
+    """One scene of the catalogue; `uri` is where its raster lies."""
+
+    id: str
+    uri: str
+    grid: Grid
+    ground_sample_distance_m: float
+    datetime: str
+    attribution: str
+    split: str
+
+    @property
+    def bounds_lonlat(self) -> BoundsLonLat:
+        """Bounds of the whole raster."""
+        return self.grid.bounds_lonlat(0, 0, self.grid.height, self.grid.width)
+
+    def summary(self) -> dict[str, Any]:
+        """What the page needs to show the scene; the raster's place is not told."""
+        return {
+            "id": self.id,
+            "bounds_lonlat": self.bounds_lonlat,
+            "ground_sample_distance_m": self.ground_sample_distance_m,
+            "datetime": self.datetime,
+            "attribution": self.attribution,
+        }
+
+
+class Catalogue:
+    """Scenes by id, from the parsed scenes.json; `resolve` turns its URIs into places that can be opened.
+
+    Raises:
+        KeyError: an entry without one of the fields that ingest writes.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], resolve: Callable[[str], str]) -> None:
+        self.scenes = {entry["id"]: _scene(entry, resolve) for entry in entries}
+
+    def place(self, hit: Hit, row_fraction: float, column_fraction: float) -> LonLat:
+        """Longitude and latitude of a position in a chip, as fractions from its top left."""
+        row, column, height, width = hit.window_px
+        scene = self.scenes.get(hit.scene)
+        if scene:
+            return scene.grid.lonlat(row + row_fraction * height, column + column_fraction * width)
+        west, south, east, north = hit.bounds_lonlat  # a scene that left the catalogue: its chip is north-up
+        return west + column_fraction * (east - west), north - row_fraction * (north - south)
+
+    def corners(self, hit: Hit) -> list[LonLat]:
+        """Top left, top right, bottom right, bottom left of the chip's picture."""
+        return [self.place(hit, row, column) for row, column in ((0, 0), (0, 1), (1, 1), (1, 0))]
+
+    def box(self, hit: Hit, box_fraction: tuple[float, float, float, float]) -> BoundsLonLat:
+        """(west, south, east, north) that hold the part (top, left, bottom, right) of the chip."""
+        top, left, bottom, right = box_fraction
+        points = [self.place(hit, row, column) for row in (top, bottom) for column in (left, right)]
+        longitudes, latitudes = zip(*points, strict=True)
+        return min(longitudes), min(latitudes), max(longitudes), max(latitudes)
+
+
+def _scene(entry: dict[str, Any], resolve: Callable[[str], str]) -> SceneEntry:
+    grid = entry["grid"]
+    return SceneEntry(
+        id=entry["id"],
+        uri=resolve(entry["uri"]),
+        grid=Grid(grid["crs"], tuple(grid["transform"][:6]), grid["width"], grid["height"]),
+        ground_sample_distance_m=entry["ground_sample_distance_m"],
+        datetime=entry["datetime"],
+        attribution=entry["attribution"],
+        split=entry["split"],
+    )

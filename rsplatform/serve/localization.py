@@ -1,0 +1,124 @@
+"""Where in a picture a query is: smooth attention over its patches, the spot of the peak, and a heatmap picture.
+
+In: pictures (bytes), unit query vectors. Out: score maps on the patch grid, spots as fractions of the picture, PNG
+overlays, regions as GeoJSON. It reads no table and knows no scene; the caller gives the way from fractions to Earth.
+Shapes: B pictures, C queries, H W patch grid, E embedding.
+"""
+
+import io
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rasterio.features import shapes
+
+from rsplatform.localize.smooth_attention import smooth_attention, upsample
+from rsplatform.model.embedder import Embedder
+from rsplatform.model.preprocess import decode_image, resize_crop
+from rsplatform.serve.api import MAX_IMAGE_PIXELS
+
+HEATMAP_SIZE_PX = 256
+# Dark violet over orange to pale yellow: readable on green and grey ground, in both colour schemes.
+GRADIENT = np.array(
+    [[40, 11, 84], [120, 28, 109], [188, 55, 84], [237, 105, 37], [251, 180, 26], [252, 255, 164]], dtype=np.float32
+)
+MAX_OPACITY = 0.85
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The best cell of a map and the region around it, as fractions of the picture from its top left."""
+
+    score: float
+    row_fraction: float
+    column_fraction: float
+    box_fraction: tuple[float, float, float, float]  # top, left, bottom, right
+
+
+class Localization:
+    """Smooth attention of one model at its own picture size."""
+
+    def __init__(self, embedder: Embedder, window: int = 3) -> None:
+        self.embedder = embedder
+        self.window = window
+
+    def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> np.ndarray:
+        """Cosine of each patch's surroundings with each query, float32 (B, C, H, W).
+
+        Raises:
+            ImageError: bytes that are no acceptable picture.
+        """
+        size = self.embedder.image_size
+        squares = [resize_crop(decode_image(image, max_pixels=MAX_IMAGE_PIXELS), size) for image in images]
+        features = self.embedder.patch_features(torch.from_numpy(np.stack(squares)))
+        with torch.no_grad():
+            maps_BCHW = smooth_attention(
+                features.values_BHWD,
+                torch.from_numpy(np.ascontiguousarray(queries_CE)).to(features.values_BHWD.device),
+                head=self.embedder.head,
+                scores_BHW=features.scores_BKHW,
+                window=self.window,
+            )
+        return maps_BCHW.float().cpu().numpy()
+
+
+def threshold(scores_HW: np.ndarray) -> float:
+    """Half-way from the map's median to its peak: what counts as the region of a text (our default)."""
+    return float((np.median(scores_HW) + scores_HW.max()) / 2)
+
+
+def find_peak(scores_HW: np.ndarray) -> Peak:
+    """The highest cell and the box of the cells above `threshold` that are connected to it."""
+    height, width = scores_HW.shape
+    row, column = (int(i) for i in np.unravel_index(int(scores_HW.argmax()), scores_HW.shape))
+    above_HW = scores_HW >= threshold(scores_HW)
+    seen, queue = {(row, column)}, deque([(row, column)])
+    while queue:
+        r, c = queue.popleft()
+        for cell in ((r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)):
+            inside = 0 <= cell[0] < height and 0 <= cell[1] < width
+            if inside and above_HW[cell] and cell not in seen:
+                seen.add(cell)
+                queue.append(cell)
+    rows, columns = zip(*seen, strict=True)
+    box = (min(rows) / height, min(columns) / width, (max(rows) + 1) / height, (max(columns) + 1) / width)
+    return Peak(float(scores_HW.max()), (row + 0.5) / height, (column + 0.5) / width, box)
+
+
+def heatmap_png(scores_HW: np.ndarray, size_px: int = HEATMAP_SIZE_PX) -> bytes:
+    """The map as a transparent overlay: clear up to its median, opaque and bright at its peak."""
+    scores = torch.from_numpy(scores_HW)[None, None]
+    pixels_HW = upsample(scores, (size_px, size_px))[0, 0].numpy()
+    low, high = float(np.median(pixels_HW)), float(pixels_HW.max())
+    strength_HW = np.clip((pixels_HW - low) / max(high - low, 1e-9), 0, 1)
+    position_HW = strength_HW * (len(GRADIENT) - 1)
+    lower_HW = np.minimum(position_HW.astype(int), len(GRADIENT) - 2)
+    mix_HW1 = (position_HW - lower_HW)[..., None]
+    colours_HWC = GRADIENT[lower_HW] * (1 - mix_HW1) + GRADIENT[lower_HW + 1] * mix_HW1
+    alpha_HW1 = (255 * MAX_OPACITY * np.sqrt(strength_HW))[..., None]
+    buffer = io.BytesIO()
+    rgba_HWC = np.concatenate([colours_HWC, alpha_HW1], axis=2).round().astype(np.uint8)
+    Image.fromarray(rgba_HWC).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def regions_geojson(
+    maps_CHW: np.ndarray, texts: Sequence[str], place: Callable[[float, float], tuple[float, float]]
+) -> dict[str, Any]:
+    """Regions above `threshold` of each text as a GeoJSON FeatureCollection; `place` maps (row, column) fractions."""
+    features = []
+    for text, scores_HW in zip(texts, maps_CHW, strict=True):
+        height, width = scores_HW.shape
+        mask_HW = (scores_HW >= threshold(scores_HW)).astype(np.uint8)
+        for polygon, value in shapes(mask_HW, mask=mask_HW.astype(bool)):
+            rings = [
+                [place(row / height, column / width) for column, row in ring] for ring in polygon["coordinates"]
+            ]
+            geometry = {"type": "Polygon", "coordinates": rings}
+            properties = {"text": text, "peak_score": float(scores_HW.max()), "class": int(value)}
+            features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    return {"type": "FeatureCollection", "features": features}

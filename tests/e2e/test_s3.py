@@ -1,0 +1,108 @@
+"""`s3://` through the same code: a separate S3 server spoken to over TCP by boto3, Arrow, Lance and GDAL."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+import rasterio
+from rasterio.io import MemoryFile
+from rasterio.transform import from_origin
+
+from rsplatform import artifacts, storage
+from rsplatform.artifacts import Artifact, ArtifactError
+from rsplatform.ledger import Drop, read_drops, write_drops
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def s3_root() -> Iterator[str]:
+    """A bucket on an S3 server in a process of its own, as root for artifacts."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert server.stdout
+    endpoint = next(match[0] for line in server.stdout if (match := re.search(r"http://127\.0\.0\.1:\d+", line)))
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing-secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    try:
+        storage.s3_client().create_bucket(Bucket="scenes")
+        yield "s3://scenes/root"
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def test_artifacts_are_committed_verified_and_refused(s3_root: str) -> None:
+    artifact = Artifact(s3_root, "chips/a/v1")
+    recipe = artifacts.identity({"size": 64}, {})
+    assert artifacts.begin(artifact, recipe) is None
+    storage.write_bytes(artifact.path("rows.bin"), b"rows")
+    write_drops(artifact, "ingest", "part-0", [Drop("x", "nodata")])
+    with pytest.raises(ArtifactError, match="unfinished"):
+        artifacts.open_artifact(s3_root, "chips/a/v1")
+    artifacts.commit(artifact, recipe, counts={}, metrics={}, run_id="run")
+    artifacts.verify(artifacts.open_artifact(s3_root, "chips/a/v1"))
+    assert read_drops(artifact).num_rows == 1
+    assert [item.ref for item in artifacts.list_artifacts(s3_root, "chips")] == ["chips/a/v1"]
+    with pytest.raises(ArtifactError, match="64 → 96"):
+        artifacts.begin(artifact, artifacts.identity({"size": 96}, {}))
+    storage.write_bytes(artifact.path("rows.bin"), b"rots")
+    with pytest.raises(ArtifactError, match="differs"):
+        artifacts.verify(artifact)
+
+
+def test_lance_reads_and_writes_the_same_place(s3_root: str) -> None:
+    uri = f"{s3_root}/tables/rows.lance"
+    table = pa.table({"id": ["a", "b", "c"], "value": [1, 2, 3]})
+    lance.write_dataset(table, uri, storage_options=storage.lance_options(uri))
+    assert lance.dataset(uri, storage_options=storage.lance_options(uri)).take([2, 0])["id"].to_pylist() == ["c", "a"]
+    assert any(name.startswith("rows.lance/") for name in storage.list_files(f"{s3_root}/tables"))
+
+
+def test_gdal_reads_a_scene_from_the_bucket(s3_root: str) -> None:
+    pixels = np.arange(3 * 64 * 64, dtype=np.uint8).reshape(3, 64, 64)
+    profile = {"driver": "GTiff", "width": 64, "height": 64, "count": 3, "dtype": "uint8", "crs": "EPSG:32735"}
+    with MemoryFile() as memory:
+        with memory.open(**profile, transform=from_origin(500_000, 7_000_000, 2, 2)) as scene:
+            scene.write(pixels)
+        storage.write_bytes(f"{s3_root}/imagery/scene.tif", memory.read())
+    with (
+        rasterio.Env(**storage.gdal_options()),
+        rasterio.open(storage.gdal_path(f"{s3_root}/imagery/scene.tif"), driver="GTiff") as scene,
+    ):
+        np.testing.assert_array_equal(scene.read(), pixels)
+
+
+def test_presigned_links_need_no_credentials(s3_root: str) -> None:
+    storage.write_bytes(f"{s3_root}/pictures/a.bin", b"picture")
+    link = storage.presigned_url(f"{s3_root}/pictures/a.bin", expires_s=60)
+    assert httpx.get(link, trust_env=False).content == b"picture"
+
+
+def test_folders_travel_both_ways(s3_root: str, tmp_path: Path) -> None:
+    (tmp_path / "model" / "deep").mkdir(parents=True)
+    (tmp_path / "model" / "deep" / "config.json").write_text("{}")
+    storage.upload_folder(tmp_path / "model", f"{s3_root}/model")
+    assert (storage.local_folder(f"{s3_root}/model") / "deep" / "config.json").read_text() == "{}"
+
+
+def test_a_missing_bucket_is_named(s3_root: str) -> None:
+    with pytest.raises(storage.StorageError, match="no-such-bucket.*not reachable"):
+        storage.check_writable("s3://no-such-bucket/root")

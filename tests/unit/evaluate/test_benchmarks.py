@@ -1,0 +1,102 @@
+"""Benchmarks: what decides a number is pinned; masks of any encoding become class ids."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError
+from rsplatform.evaluate.benchmarks import (
+    CaptionFolderRetrieval,
+    Classification,
+    MaskClass,
+    Segmentation,
+    encode_mask,
+    load_classification,
+    load_retrieval,
+    masked_pictures,
+    spread,
+)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    """A data root with three captioned and labelled pictures and one mask."""
+    for name, colour in (("a", "red"), ("b", "green"), ("c", "blue")):
+        Image.new("RGB", (32, 24), colour).save(tmp_path / f"{name}.png")
+    entries = [
+        {"filename": f"{name}.png", "split": "val", "sentences": [{"raw": f"{name} {i}"} for i in range(2)]}
+        for name in "cab"
+    ]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": entries}))
+    (tmp_path / "labels.csv").write_text("file,label\nb.png,footballfield\na.png,port\n")
+    mask = Image.new("P", (32, 24), 1)
+    mask.putpalette([0, 0, 0, 60, 16, 152])
+    (tmp_path / "masks").mkdir()
+    mask.save(tmp_path / "masks" / "a.png")
+    return Cluster(root=str(tmp_path / "root"), data_root=str(tmp_path))
+
+
+def test_retrieval_order_and_pin_do_not_depend_on_the_file(cluster: Cluster, tmp_path: Path) -> None:
+    benchmark = CaptionFolderRetrieval(name="r", captions="captions.json", images=".")
+    data = load_retrieval(benchmark, cluster)
+    assert data.texts == ["a 0", "a 1", "b 0", "b 1", "c 0", "c 1"]
+    assert data.image_of_text == [0, 0, 1, 1, 2, 2]
+    text = (tmp_path / "captions.json").read_text()
+    (tmp_path / "captions.json").write_text(text.replace("b 1", "b one"))
+    assert load_retrieval(benchmark, cluster).pin != data.pin
+    with pytest.raises(ConfigError, match="split 'test'.*val"):
+        load_retrieval(benchmark.model_copy(update={"split": "test"}), cluster)
+
+
+def test_class_names_spell_labels_and_extra_classes_compete(cluster: Cluster) -> None:
+    benchmark = Classification(
+        name="c", folder=".", class_names={"footballfield": "football field"}, extra_classes=["stadium"]
+    )
+    data = load_classification(benchmark, cluster)
+    assert data.class_names == ["football field", "port", "stadium"]
+    assert data.labels == [1, 0]
+    with pytest.raises(ConfigError, match="airprt"):
+        load_classification(benchmark.model_copy(update={"class_names": {"airprt": "airport"}}), cluster)
+
+
+def segmentation(**changes: object) -> Segmentation:
+    classes = [
+        MaskClass(name="land", values=["#8429F6"], prompts=["land"]),
+        MaskClass(name="building", values=["#3C1098"], prompts=["buildings"]),
+    ]
+    values = {"name": "s", "folder": ".", "images": "a.png", "mask_replace": {"a.png": "masks/a.png"}}
+    values |= {"classes": classes, "model_ground_sample_distance_m": 1.0, "image_ground_sample_distance_m": 0.5}
+    return Segmentation.model_validate(values | changes)
+
+
+def test_palette_masks_are_read_as_their_colours(cluster: Cluster) -> None:
+    (picture,) = masked_pictures(segmentation(), cluster)
+    assert picture.ground_sample_distance_m == 0.5
+    assert picture.mask_HW.shape == (24, 32)
+    assert (picture.mask_HW == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": "*.bmp"}, "no picture matches"),
+        ({"image_ground_sample_distance_m": None}, "no georeference"),
+    ],
+)
+def test_what_is_missing_is_named(cluster: Cluster, changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        list(masked_pictures(segmentation(**changes), cluster))
+
+
+def test_unnamed_mask_values_are_ignored() -> None:
+    classes = [MaskClass(name="a", values=[0, 7], prompts=["a"]), MaskClass(name="b", values=[3], prompts=["b"])]
+    np.testing.assert_array_equal(encode_mask(np.array([[0, 7, 3, 9]]), classes), [[0, 0, 1, 255]])
+
+
+def test_spread_is_even_and_whole() -> None:
+    assert spread(list(range(10)), 5) == [0, 2, 4, 6, 8]
+    assert spread([1, 2], 5) == [1, 2]

@@ -1,0 +1,51 @@
+"""Every recipe is valid for its job, every cluster file for Ray and for us, and nobody's machine is in a recipe."""
+
+import importlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from rsplatform.cluster import load_cluster
+from rsplatform.config import StageConfig, load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPES = sorted(REPOSITORY.glob("configs/*/*.yaml"))
+CLUSTERS = [path for path in sorted(REPOSITORY.glob("cluster/*.yaml")) if "metadata" in path.read_text()]
+
+
+def config_class_of(job: str) -> type[StageConfig]:
+    """The config class that a job file hands to run_job."""
+    source = (REPOSITORY / "jobs" / f"{job}.py").read_text()
+    module, name = re.search(r"from (rsplatform\.[\w.]+) import (\w+Config)", source).groups()
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipes_are_valid_for_their_job(path: Path) -> None:
+    config = load_config(config_class_of(path.parent.name), path)
+    assert config.pipeline == f"demo-{path.stem}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipes_hold_no_machine_paths(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"(?m)(^|[\s:'\"])(/\w|~/|s3://|\.\./shared)", text)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
+def test_one_cluster_file_serves_ray_up_and_our_jobs(path: Path) -> None:
+    spec = importlib.util.find_spec("ray")
+    assert spec and spec.origin
+    schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    assert load_cluster(path).root
+
+
+@pytest.mark.parametrize("job", sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py")))
+def test_every_job_has_a_recipe_for_the_demo_world(job: str) -> None:
+    assert (REPOSITORY / "configs" / job / "world.yaml").is_file()
