@@ -104,7 +104,10 @@ def plan(config: StageConfig, cluster: Cluster) -> list[str]:
     Raises:
         ConfigError: a source path that does not exist.
     """
-    lines = []
+    jobs = [(name, getattr(config, name)) for name in type(config).model_fields]
+    lines = [
+        f"{name}: {line}" for name, job in jobs if isinstance(job, StageConfig) for line in plan(job, cluster)
+    ]
     for path, value, is_artifact in iter_inputs(config):
         if is_artifact or value.startswith("artifact://"):
             ref = input_artifacts(config)[path]

@@ -152,7 +152,7 @@ def _check_cpus(pipeline: Pipeline, cluster: Cluster) -> None:
     if cluster.num_cpus is not None and cluster.ray_address is None and num_pools and cluster.num_cpus < needed:
         raise ConfigError(
             f"metadata.rsplatform: {pipeline.stage} needs num_cpus >= {needed:g} (data.num_actors × "
-            f"data.cpus_per_actor, and one to read), got {cluster.num_cpus}; raise num_cpus or lower data.cpus_per_actor"
+            f"data.cpus_per_actor, and one to read), got {cluster.num_cpus}; raise it or lower data.cpus_per_actor"
         )
 
 

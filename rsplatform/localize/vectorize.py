@@ -19,10 +19,11 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 import shapely
-import shapely.ops
+import shapely.geometry
+from affine import Affine
 from pyproj import Geod
 from rasterio.features import geometry_mask, shapes
-from rasterio.windows import Window
+from rasterio.io import DatasetReader, DatasetWriter
 
 from rsplatform.geo import Grid, to_lonlat
 from rsplatform.localize.decide import BACKGROUND, NO_DATA, label_pixels
@@ -66,7 +67,7 @@ def write_scores(path: Path, grid: Grid, strips: Iterable[Strip], legend: Legend
                     f"strip at row {strip.row} of {tuple(strip.maps_CHW.shape)} where row {next_row} of {expected} fits"
                 )
             next_row += expected[1]
-            raster.write(strip.maps_CHW.numpy(), window=Window(0, strip.row, grid.width, expected[1]))
+            raster.write(strip.maps_CHW.numpy(), window=((strip.row, next_row), (0, grid.width)))
         if next_row != grid.height:
             raise ValueError(f"strips fill {next_row} of {grid.height} rows")
         raster.update_tags(**legend.tags())
@@ -82,7 +83,7 @@ def write_mask(path: Path, score_path: Path, grid: Grid, legend: Legend) -> None
         _raster_to_cog(path, grid, profile, "NEAREST") as raster,
     ):
         for row in range(0, grid.height, ROWS_AT_A_TIME):
-            window = Window(0, row, grid.width, min(ROWS_AT_A_TIME, grid.height - row))
+            window = ((row, min(row + ROWS_AT_A_TIME, grid.height)), (0, grid.width))
             raster.write(label_pixels(scores.read(window=window), legend.class_of_prompt), 1, window=window)
         raster.update_tags(**legend.tags())
 
@@ -110,18 +111,19 @@ def write_polygons(path: Path, mask_path: Path, score_path: Path, legend: Legend
 
 
 def _features(
-    mask: rasterio.DatasetReader, scores: rasterio.DatasetReader, legend: Legend, min_area_m2: float
+    mask: DatasetReader, scores: DatasetReader, legend: Legend, min_area_m2: float
 ) -> Iterator[dict[str, Any]]:
-    # Pixel coordinates first: regions are measured and scored on the raster's own grid.
-    for outline, value in shapes(rasterio.band(mask, 1), connectivity=4, transform=rasterio.Affine.identity()):
+    # In pixel coordinates, because regions are scored on the raster's own grid; the uint8 mask is read whole.
+    for outline, value in shapes(mask.read(1), connectivity=4):
         class_id = int(value)
         if class_id in (BACKGROUND, NO_DATA):
             continue
-        region_px = shapely.geometry.shape(outline)
+        exterior, *holes = outline["coordinates"]
+        region_px = shapely.Polygon(exterior, holes)
         polygon, area = region_px, {"area_px": int(region_px.area)}
         if mask.crs:
             polygon = _in_lonlat(region_px, mask)
-            area_m2 = geodesic_area_m2(_in_lonlat(shapely.segmentize(region_px, EDGE_PIXELS), mask))
+            area_m2 = geodesic_area_m2(_in_lonlat(region_px, mask, EDGE_PIXELS))
             area = {"area_m2": round(area_m2, 3)}
             if area_m2 < min_area_m2:
                 continue
@@ -140,28 +142,26 @@ def geodesic_area_m2(polygon_lonlat: shapely.Polygon) -> float:
     return abs(Geod(ellps="WGS84").geometry_area_perimeter(oriented)[0])
 
 
-def _in_lonlat(region_px: shapely.Polygon, mask: rasterio.DatasetReader) -> shapely.Polygon:
+def _in_lonlat(
+    region_px: shapely.Polygon, mask: DatasetReader, longest_edge_px: float | None = None
+) -> shapely.Polygon:
     transformer = to_lonlat(mask.crs.to_wkt())
 
-    def to_ground(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        a, b, c, d, e, f = tuple(mask.transform)[:6]
-        return transformer.transform(a * columns + b * rows + c, d * columns + e * rows + f)
+    def ring(ring_px: shapely.LinearRing) -> np.ndarray:
+        cut = shapely.segmentize(ring_px, longest_edge_px) if longest_edge_px else ring_px
+        x, y = mask.transform @ tuple(shapely.get_coordinates(cut).T)
+        return np.stack(transformer.transform(x, y), axis=1)
 
-    def points(points_xy: np.ndarray) -> np.ndarray:
-        return np.stack(to_ground(points_xy[:, 0], points_xy[:, 1]), axis=1)
-
-    return shapely.transform(region_px, points)
+    return shapely.Polygon(ring(region_px.exterior), [ring(hole) for hole in region_px.interiors])
 
 
 def _region_score(
-    region_px: shapely.Polygon, class_id: int, scores: rasterio.DatasetReader, legend: Legend
+    region_px: shapely.Polygon, class_id: int, scores: DatasetReader, legend: Legend
 ) -> tuple[str, float]:
     left, top, right, bottom = (int(edge) for edge in region_px.bounds)
-    window = Window(left, top, right - left, bottom - top)
+    window = ((top, bottom), (left, right))
     bands = [band for band, owner in enumerate(legend.class_of_prompt, start=1) if owner == class_id]
-    inside_HW = geometry_mask(
-        [region_px], (bottom - top, right - left), rasterio.Affine.translation(left, top), invert=True
-    )
+    inside_HW = geometry_mask([region_px], (bottom - top, right - left), Affine.translation(left, top), invert=True)
     scores_PN = scores.read(bands, window=window)[:, inside_HW]
     best_prompt = legend.prompts[bands[int(scores_PN.mean(axis=1).argmax())] - 1]
     return best_prompt, float(scores_PN.max(axis=0).mean())
@@ -170,7 +170,7 @@ def _region_score(
 @contextmanager
 def _raster_to_cog(
     path: Path, grid: Grid, profile: dict[str, Any], overview_resampling: str
-) -> Iterator[rasterio.io.DatasetWriter]:
+) -> Iterator[DatasetWriter]:
     """A plain GeoTIFF to write rows into; turned into a COG at `path` if the block ends well.
 
     The COG driver itself would keep the whole raster in memory while it is written.

@@ -33,9 +33,7 @@ class Embedder:
         self.batch_size = batch_size
 
     @classmethod
-    def load(
-        cls, folder: Path | str, device: str | torch.device = "cpu", batch_size: int = 128
-    ) -> "Embedder":
+    def load(cls, folder: Path | str, device: str | torch.device = "cpu", batch_size: int = 128) -> "Embedder":
         """Read a folder that `save_model` wrote and move the model to `device`."""
         model, tokenizer = load_model(Path(folder))
         return cls(model.to(device), tokenizer, batch_size)

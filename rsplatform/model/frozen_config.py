@@ -7,7 +7,7 @@ Does not convert types beyond list -> tuple: each config checks its own values i
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 ConfigT = TypeVar("ConfigT")
 
@@ -24,14 +24,12 @@ def config_from_mapping(config_class: type[ConfigT], mapping: Mapping[str, Any],
     """
     if not isinstance(mapping, Mapping):
         raise ConfigKeyError(f"{where}: expected a mapping of keys, got {type(mapping).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, config_class))}
     for key in mapping:
         if key not in fields:
             raise ConfigKeyError(f"{where}: {unknown_key_message(key, list(fields))}")
     for name, field in fields.items():
-        has_default = (
-            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        )
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if name not in mapping and not has_default:
             raise ConfigKeyError(f"{where}: required key '{name}' is missing")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()}

@@ -93,9 +93,7 @@ def mammut_config(size: str, **overrides: Any) -> MammutConfig:
     owners = _field_owners()
     for name, value in settings.items():
         if name not in owners:
-            raise ConfigKeyError(
-                f"model size '{size}': {unknown_key_message(name, [*owners, 'embedding_width'])}"
-            )
+            raise ConfigKeyError(f"model size '{size}': {unknown_key_message(name, [*owners, 'embedding_width'])}")
         part, field = owners[name]
         parts[part][field] = value
     return MammutConfig.from_dict({**parts, "embedding_width": embedding_width})

@@ -20,7 +20,7 @@ def interpolate_positions(position_hwD: Tensor, grid: tuple[int, int], mode: str
     if position_hwD.shape[:2] == grid:
         return position_hwD
     resized = F.interpolate(
-        position_hwD.permute(2, 0, 1).unsqueeze(0).float(),
+        _full_precision(position_hwD).permute(2, 0, 1).unsqueeze(0),
         size=grid,
         mode=mode,
         align_corners=False,
@@ -35,10 +35,15 @@ def cropped_positions(position_hwD: Tensor, batch: int, grid: tuple[int, int], u
     Each picture gets the grid upsampled bilinearly to `upsampled`, a random crop of it (area 0.1 to 1, aspect
     0.5 to 2), and the crop resized back to its own patches. A crop per picture is our default [D].
     """
-    boxes_B4 = random_crop_boxes(batch, position_hwD.device)
+    return crop_positions(position_hwD, random_crop_boxes(batch, position_hwD.device), grid, upsampled)
+
+
+def crop_positions(position_hwD: Tensor, boxes_B4: Tensor, grid: tuple[int, int], upsampled: int) -> Tensor:
+    """The part of the upsampled grid inside each box (top, bottom, left, right as fractions), as (B, H, W, D)."""
+    boxes_B4 = boxes_B4.to(_full_precision(position_hwD).dtype)
     rows_BHh = _resampling_matrix(boxes_B4[:, 0:2], grid[0], upsampled, position_hwD.shape[0])
     columns_BWw = _resampling_matrix(boxes_B4[:, 2:4], grid[1], upsampled, position_hwD.shape[1])
-    positions = position_hwD.float()
+    positions = _full_precision(position_hwD)
     by_rows_BHwD = (rows_BHh @ positions.flatten(1)).unflatten(2, positions.shape[1:])
     return (columns_BWw.unsqueeze(1) @ by_rows_BHwD).to(position_hwD.dtype)
 
@@ -57,10 +62,10 @@ def random_crop_boxes(batch: int, device: torch.device | str = "cpu") -> Tensor:
 
 def _resampling_matrix(span_B2: Tensor, size: int, upsampled: int, learned: int) -> Tensor:
     """(B, size, learned): sample `size` cell centres of a span of the grid that was upsampled from `learned`."""
-    centres_S = (torch.arange(size, device=span_B2.device) + 0.5) / size
+    centres_S = (torch.arange(size, device=span_B2.device, dtype=span_B2.dtype) + 0.5) / size
     start_B1, end_B1 = span_B2[:, :1], span_B2[:, 1:]
     sampled_BSU = _bilinear_weights((start_B1 + (end_B1 - start_B1) * centres_S) * upsampled, upsampled)
-    upsampled_U = (torch.arange(upsampled, device=span_B2.device) + 0.5) / upsampled
+    upsampled_U = (torch.arange(upsampled, device=span_B2.device, dtype=span_B2.dtype) + 0.5) / upsampled
     return sampled_BSU @ _bilinear_weights(upsampled_U * learned, learned)
 
 
@@ -69,3 +74,7 @@ def _bilinear_weights(places: Tensor, length: int) -> Tensor:
     index = (places - 0.5).clamp(0, length - 1).unsqueeze(-1)
     cells = torch.arange(length, device=places.device, dtype=places.dtype)
     return (1 - (index - cells).abs()).clamp(min=0)
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -6,7 +6,6 @@ Shapes: B batch, H W pixels, C channels (red, green, blue).
 """
 
 import io
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,9 +28,7 @@ class ImageError(ValueError):
         self.detail = detail
 
 
-def decode_image(
-    data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, max_bytes: int = MAX_IMAGE_BYTES
-) -> np.ndarray:
+def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, max_bytes: int = MAX_IMAGE_BYTES) -> np.ndarray:
     """Decode JPEG, PNG or WEBP bytes to uint8 (H, W, 3) RGB; alpha is dropped, 16-bit grey is scaled to 8.
 
     Raises:
@@ -42,24 +39,29 @@ def decode_image(
     if len(data) > max_bytes:
         raise ImageError("too_many_bytes", f"{len(data)} bytes, at most {max_bytes} are accepted")
     try:
-        # a bomb is refused from its header, before any pixel is made
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap follows
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)  # reads the header, makes no pixel yet
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError("too_many_pixels", f"{width}x{height} px, at most {max_pixels} are accepted")
         if image.format == "JPEG" and image.mode == "RGB":
-            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+            return _decode_jpeg(data, image)
         return _to_rgb(image)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_many_pixels", str(error)) from error
-    except (
-        Exception
-    ) as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, … on bad bytes
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, … on bad bytes
         raise ImageError("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray:
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError as error:
+        # pictures cut off or with broken entropy codes are refused: Pillow would fill up the rest with grey
+        if any(word in str(error).lower() for word in ("premature", "huffman")):
+            raise
+        return _to_rgb(image)  # stray bytes between markers and rare subsamplings, both common on the web
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -58,9 +58,7 @@ class DecoderBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(config.width) if has_mlp else None
         self.mlp = Mlp(config.width, config.mlp_width) if has_mlp else None
 
-    def forward(
-        self, rows_ND: Tensor, layout: TokenLayout, *, causal: bool, mask_B11T: Tensor | None
-    ) -> Tensor:
+    def forward(self, rows_ND: Tensor, layout: TokenLayout, *, causal: bool, mask_B11T: Tensor | None) -> Tensor:
         qkv_BTX = layout.unpack(self.attention.qkv(self.norm_attention(rows_ND)))
         mixed_BTD = self.attention.attend(qkv_BTX, causal=causal, mask_B11T=mask_B11T)
         rows_ND = rows_ND + self.attention.out(layout.pack(mixed_BTD))
@@ -158,9 +156,7 @@ class TextDecoder(nn.Module):
         zeros with "masked_mean" (they are not computed).
         """
         packs = self.config.pooling == "masked_mean"
-        layout = TokenLayout(
-            (tokens_BT.shape[0], tokens_BT.shape[1]), _valid_tokens(tokens_BT) if packs else None
-        )
+        layout = TokenLayout((tokens_BT.shape[0], tokens_BT.shape[1]), _valid_tokens(tokens_BT) if packs else None)
         rows_ND = self._embed(tokens_BT, layout)
         for index, block in enumerate(self.blocks):
             rows_ND = block(rows_ND, layout, causal=True, mask_B11T=None)

@@ -24,9 +24,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
         for expected_id, token in enumerate(SPECIAL_TOKENS):
             if backend.token_to_id(token) != expected_id:
-                raise ValueError(
-                    f"{source}: '{token}' must have id {expected_id}; train it with Tokenizer.train"
-                )
+                raise ValueError(f"{source}: '{token}' must have id {expected_id}; train it with Tokenizer.train")
         backend.encode_special_tokens = True  # a caption that spells "<end>" must not end itself
         self._backend = backend
 
@@ -34,13 +32,9 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn merges from `texts`; the same texts give the same vocabulary. Few texts may give a smaller one."""
         if vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(
-                f"vocab_size {vocab_size}: at least {SMALLEST_VOCABULARY} (specials and 256 bytes)"
-            )
+            raise ValueError(f"vocab_size {vocab_size}: at least {SMALLEST_VOCABULARY} (specials and 256 bytes)")
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
-        )
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(

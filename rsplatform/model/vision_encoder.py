@@ -44,9 +44,7 @@ class VisionConfig:
         if self.width % self.num_heads:
             raise ValueError(f"vision.width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+            raise ValueError(f"vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if not 0.0 <= self.patch_dropout < 1.0:
             raise ValueError(f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
 
@@ -83,9 +81,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.query_Kd = nn.Parameter(torch.empty(num_heads, width // num_heads))
-        self.key = nn.Linear(
-            width, width, bias=False
-        )  # a key bias is the same for all tokens: softmax drops it
+        self.key = nn.Linear(width, width, bias=False)  # a key bias is the same for all tokens: softmax drops it
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)

@@ -22,9 +22,7 @@ class TokenLoss(NamedTuple):
     count: Tensor
 
 
-def vocabulary_loss(
-    hidden_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor, chunk_rows: int = 2048
-) -> TokenLoss:
+def vocabulary_loss(hidden_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor, chunk_rows: int = 2048) -> TokenLoss:
     """Cross-entropy of `hidden @ vocabulary.T` against `targets`, summed over the non-pad targets."""
     kept_N = (targets_BT.flatten() != PAD_ID).nonzero().squeeze(1)
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, kept_N)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rasterio.features import shapes
 
+from rsplatform.localize.picture import picture_maps
 from rsplatform.localize.smooth_attention import smooth_attention, upsample
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.preprocess import decode_image, resize_crop
@@ -46,24 +47,40 @@ class Localization:
         self.embedder = embedder
         self.window = window
 
-    def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> np.ndarray:
-        """Cosine of each patch's surroundings with each query, float32 (B, C, H, W).
+    def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+        """Cosine of each patch's surroundings with each query, one float32 (C, H, W) per picture.
+
+        Square pictures (chips) go through the model together, at the size it was trained at; others are tiled at
+        that scale, so that no part of them is cropped away.
 
         Raises:
             ImageError: bytes that are no acceptable picture.
         """
-        size = self.embedder.image_size
-        squares = [resize_crop(decode_image(image, max_pixels=MAX_IMAGE_PIXELS), size) for image in images]
+        pictures = [decode_image(image, max_pixels=MAX_IMAGE_PIXELS) for image in images]
+        squares = [index for index, picture in enumerate(pictures) if picture.shape[0] == picture.shape[1]]
+        texts_CE = torch.from_numpy(np.ascontiguousarray(queries_CE)).to(self.embedder.device)
+        maps = dict(zip(squares, self._square_maps([pictures[i] for i in squares], texts_CE), strict=True))
+        for index, picture in enumerate(pictures):
+            if index not in maps:
+                scale = self.embedder.image_size / min(picture.shape[:2])
+                maps_CHW = picture_maps(self.embedder, picture, texts_CE, scale=scale, window=self.window)
+                maps[index] = maps_CHW.float().cpu().numpy()
+        return [maps[index] for index in range(len(pictures))]
+
+    def _square_maps(self, pictures: list[np.ndarray], texts_CE: torch.Tensor) -> list[np.ndarray]:
+        if not pictures:
+            return []
+        squares = [resize_crop(picture, self.embedder.image_size) for picture in pictures]
         features = self.embedder.patch_features(torch.from_numpy(np.stack(squares)))
         with torch.no_grad():
             maps_BCHW = smooth_attention(
                 features.values_BHWD,
-                torch.from_numpy(np.ascontiguousarray(queries_CE)).to(features.values_BHWD.device),
+                texts_CE,
                 head=self.embedder.head,
                 scores_BHW=features.scores_BKHW,
                 window=self.window,
             )
-        return maps_BCHW.float().cpu().numpy()
+        return list(maps_BCHW.float().cpu().numpy())
 
 
 def threshold(scores_HW: np.ndarray) -> float:

@@ -30,6 +30,7 @@ from rsplatform.world.scenes import (
 )
 from rsplatform.world.web import PairTask, make_pairs, plan_pairs
 
+POOL_PAYS_ABOVE = 8  # pieces of work
 FORMAT_VERSION = 1  # rises whenever the same config would give other bytes
 Progress = Callable[[int, int, str], None]  # done, all, what was just made
 PAIR_SCHEMA = pa.schema(
@@ -122,7 +123,7 @@ def _refuse_strangers(folder: Path, planned: set[str]) -> None:
 
 def _run(work: list[tuple[Path, ScenePlan | PairTask]], num_workers: int) -> Iterator[list[dict[str, Any]]]:
     """Results in the order of the work. A pool costs a second to start, so little work is done here."""
-    if num_workers <= 1 or len(work) <= 8:
+    if num_workers <= 1 or len(work) <= POOL_PAYS_ABOVE:
         yield from map(_make, work)
         return
     spawn = multiprocessing.get_context("spawn")  # forking a process with threads (torch, Ray) can hang

@@ -15,6 +15,7 @@ import shapely
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.transform import Affine
+from shapely.geometry import mapping
 from shapely.geometry.base import BaseGeometry
 
 from rsplatform.world import palettes
@@ -80,7 +81,7 @@ def plan_scenes(seed: int, size_px: int, num_train: int, num_val: int) -> list[S
     for index, (split, number) in enumerate(names):
         rng = np.random.default_rng((seed, 1, index))
         visit = 1 if (split, number) == ("train", 1) else 0
-        place = index - visit
+        place = max(0, index - 1) if num_train > 1 else index
         epsg, northing, gsd = ZONES[place % 2]
         month, day = int(rng.integers(4, 10)), int(rng.integers(1, 28))
         cloudy = visit == 1 or (split == "train" and number % 5 == 4)

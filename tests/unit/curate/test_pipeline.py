@@ -66,7 +66,7 @@ def test_a_rerun_reads_only_unfinished_shards(root: str) -> None:
     assert len(rows(resumed)) == 25
 
 
-@pytest.mark.parametrize("broken", [lambda table: table.slice(1), lambda table: table.take(range(9, -1, -1))])
+@pytest.mark.parametrize("broken", [lambda table: table.slice(1), lambda table: table.take(list(range(9, -1, -1)))])
 def test_an_operation_may_not_lose_or_reorder_rows(root: str, broken: Any) -> None:
     with pytest.raises(PipelineError, match="must keep every row"):
         run_plain(pipeline(root, broken), SHARDS)

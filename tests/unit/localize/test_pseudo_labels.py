@@ -1,6 +1,7 @@
 """Pseudo-labels follow the rule patch by patch, stay balanced, and their loss pulls towards the texts."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_bad_input_is_named():
         ({"top_share": 0.0}, "top_share"),
     ):
         with pytest.raises(ValueError, match=words):
-            PseudoLabelRule(**({"class_of_prompt": (0, 1), "temperature": 0.1} | fields))
+            replace(PseudoLabelRule((0, 1), temperature=0.1), **fields)
     with pytest.raises(ValueError, match="2 prompts on axis 1"):
         pseudo_labels(torch.zeros(1, 3, 2, 2), PseudoLabelRule((0, 1), 0.1))
     with pytest.raises(ValueError, match=r"\[5\] have no text"):

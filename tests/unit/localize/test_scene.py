@@ -54,7 +54,9 @@ def reader(image_HWC, valid_HW=None):
 
         return read
 
-    return SceneReader(*image_HWC.shape[:2], cut(image_HWC), None if valid_HW is None else cut(valid_HW))
+    return SceneReader(
+        image_HWC.shape[0], image_HWC.shape[1], cut(image_HWC), None if valid_HW is None else cut(valid_HW)
+    )
 
 
 def whole(strips):

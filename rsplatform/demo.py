@@ -1,0 +1,147 @@
+"""Front door `demo`: the whole chain, one job after the other, on one Ray runtime, with a summary a person can read.
+
+It composes the recipes of the single jobs and adds nothing to them: every arrow can be run alone with the same
+YAML. It fails unless retrieval beats chance and smooth attention beats raw patches by what the recipe demands.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import Field
+
+from rsplatform import summary
+from rsplatform.artifacts import Artifact
+from rsplatform.cluster import Cluster
+from rsplatform.config import Config, StageConfig
+from rsplatform.curate.caption import CaptionConfig, caption
+from rsplatform.curate.chips import IngestScenesConfig, ingest_scenes
+from rsplatform.curate.filter_web import FilterWebConfig, filter_web
+from rsplatform.curate.overhead import TrainOverheadConfig, train_overhead
+from rsplatform.dataset.build import BuildDatasetConfig, build_dataset
+from rsplatform.evaluate.run import EvaluateConfig, evaluate
+from rsplatform.index.build import BuildIndexConfig, build_index
+from rsplatform.localize.run import LocalizeConfig, localize
+from rsplatform.localize.self_train import SelfTrainConfig, self_train
+from rsplatform.runtime import ray_runtime
+from rsplatform.serve.app import ServeConfig, serving
+from rsplatform.serve.client import Client
+from rsplatform.stage import Stage, finished, open_stage
+from rsplatform.storage import read_bytes, read_json, write_bytes, write_json
+from rsplatform.train.launch import PretrainConfig, pretrain
+from rsplatform.train.sweep import TuneConfig, tune
+from rsplatform.world.build import MakeWorldConfig, make_world_artifact
+
+LOGGER = logging.getLogger("rsplatform.demo")
+
+
+class DemoChecks(Config):
+    """What the demo must reach, by the names of the benchmarks in `evaluate`; None leaves a check out."""
+
+    retrieval: str
+    min_recall_over_chance: float = Field(default=5, gt=1)
+    segmentation: str | None = None
+
+
+class DemoSearch(Config):
+    """The search that is asked over HTTP at the end."""
+
+    text: str
+    k: int = Field(default=3, ge=1)
+
+
+class DemoConfig(StageConfig):
+    """One recipe per job (`!recipe path`), what must be reached, and one search."""
+
+    world: MakeWorldConfig | None = None
+    ingest_scenes: IngestScenesConfig
+    train_overhead: TrainOverheadConfig
+    filter_web: FilterWebConfig
+    caption: CaptionConfig
+    build_dataset: BuildDatasetConfig
+    pretrain: PretrainConfig
+    evaluate: EvaluateConfig
+    tune: TuneConfig
+    localize: LocalizeConfig
+    self_train: SelfTrainConfig
+    build_index: BuildIndexConfig
+    serve: ServeConfig
+    checks: DemoChecks
+    search: DemoSearch
+
+
+class DemoFailed(RuntimeError):
+    """The chain ran, but a number stayed below what the recipe demands."""
+
+
+def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
+    """Run the whole chain from scenes to a search answered over HTTP, and print a summary."""
+    done = finished(config, cluster)
+    if done:
+        print(read_bytes(done.path("summary.txt")).decode())
+        return done
+    started = time.monotonic()
+    with open_stage(config, cluster) as stage:
+        with ray_runtime(cluster):
+            made = {name: artifact for name, artifact in _run_stages(config, cluster)}
+            answer = _search(config, cluster)
+        write_json(stage.artifact.path("search.json"), answer)
+        facts = summary.collect(made, answer, time.monotonic() - started)
+        text = summary.render(facts, config.search.text, cluster.root)
+        write_bytes(stage.artifact.path("summary.txt"), text.encode())
+        print(text)
+        stage.log(summary.numbers(facts))
+        stage.counts = facts["chips"]
+        check(config.checks, read_json(made["evaluate"].path("report.json"))["benchmarks"], stage)
+    return stage.artifact
+
+
+def _run_stages(config: DemoConfig, cluster: Cluster) -> Iterator[tuple[str, Artifact]]:
+    doors: list[tuple[str, StageConfig | None, Callable[..., Artifact]]] = [
+        ("world", config.world, make_world_artifact),
+        ("ingest_scenes", config.ingest_scenes, ingest_scenes),
+        ("train_overhead", config.train_overhead, train_overhead),
+        ("filter_web", config.filter_web, filter_web),
+        ("caption", config.caption, caption),
+        ("build_dataset", config.build_dataset, build_dataset),
+        ("pretrain", config.pretrain, pretrain),
+        ("evaluate", config.evaluate, evaluate),
+        ("build_index", config.build_index, build_index),
+        ("tune", config.tune, tune),
+        ("localize", config.localize, localize),
+        ("self_train", config.self_train, self_train),
+    ]
+    for name, recipe, front_door in doors:
+        if recipe is None:
+            continue
+        LOGGER.info("%s → %s", name, recipe.output)
+        started = time.monotonic()
+        artifact = front_door(recipe, cluster)
+        LOGGER.info("%s done in %.0f s", name, time.monotonic() - started)
+        yield name, artifact
+
+
+def _search(config: DemoConfig, cluster: Cluster) -> dict[str, Any]:
+    """One search with localization through a real HTTP call to Ray Serve, which is stopped again."""
+    with serving(config.serve, cluster) as base_url, Client(base_url) as client:
+        response = client.search(text=config.search.text, k=config.search.k, localize=True)
+    return response.model_dump(mode="json")
+
+
+def check(checks: DemoChecks, benchmarks: dict[str, dict[str, Any]], stage: Stage) -> None:
+    """DemoFailed unless text→image R@10 is `min_recall_over_chance` times chance and smooth mIoU is above raw."""
+    retrieval = benchmarks[checks.retrieval]
+    ratio = retrieval["t2i_r10"] / retrieval["chance_t2i_r10"]
+    stage.log({"recall_over_chance": ratio})
+    if ratio < checks.min_recall_over_chance:
+        raise DemoFailed(
+            f"text→image R@10 on {checks.retrieval} is {ratio:.1f} × chance, below {checks.min_recall_over_chance} ×"
+        )
+    if checks.segmentation is not None:
+        scores = benchmarks[checks.segmentation]
+        if scores["smooth_miou"] <= scores["raw_miou"]:
+            raise DemoFailed(
+                f"smooth mIoU {scores['smooth_miou']:.1f} on {checks.segmentation} is not above raw "
+                f"{scores['raw_miou']:.1f}"
+            )

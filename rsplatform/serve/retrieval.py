@@ -1,0 +1,127 @@
+"""Search in one replica: the embedder, the index, the chips' pictures and the scene catalogue, opened together.
+
+In: an API request and its query vector. Out: hits and API results. It encodes pictures and looks up chips; where in
+a chip the answer is, is localization.py's work.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import numpy as np
+
+from rsplatform.artifacts import open_artifact
+from rsplatform.cluster import Cluster
+from rsplatform.dataset.store import open_table
+from rsplatform.index.embed import load_embedder
+from rsplatform.index.filters import SearchFilter, parse_interval
+from rsplatform.index.store import ChipIndex, Hit
+from rsplatform.model.preprocess import decode_image
+from rsplatform.serve.api import MAX_IMAGE_PIXELS, SearchRequest, SearchResult, Spot, image_bytes
+from rsplatform.serve.catalogue import Catalogue
+from rsplatform.serve.localization import Peak
+from rsplatform.storage import read_json
+
+CATALOGUE_FILE = "scenes.json"
+
+
+class Retrieval:
+    """Everything a search needs, for one pinned model, index and chips artifact.
+
+    Raises:
+        ArtifactError: one of them is missing or unfinished.
+        ConfigError: the index was built with another model.
+    """
+
+    def __init__(self, cluster: Cluster, model_ref: str, index_ref: str, chips_ref: str) -> None:
+        self.embedder = load_embedder(cluster.root, model_ref)
+        self.index = ChipIndex(open_artifact(cluster.root, index_ref).uri, self.embedder.model_hash)
+        chips = open_artifact(cluster.root, chips_ref)
+        self.catalogue = Catalogue(read_json(chips.path(CATALOGUE_FILE)), cluster.resolve)
+        self._chips = open_table(cluster.root, chips_ref)
+        self._refs = {"model": model_ref, "index": index_ref, "chips": chips_ref}
+
+    def picture(self, image: str) -> np.ndarray:
+        """Pixels of a base64 picture of a request.
+
+        Raises:
+            ValueError: not base64, or (ImageError) no acceptable picture.
+        """
+        return decode_image(image_bytes(image), max_pixels=MAX_IMAGE_PIXELS)
+
+    def image_vector(self, image: str) -> np.ndarray:
+        """Unit vector (E,) of a base64 picture; raises as `picture` does."""
+        return self.embedder.embed_images([self.picture(image)])[0]
+
+    def search(self, request: SearchRequest, vector_E: np.ndarray) -> list[Hit]:
+        """The hits of a request whose query has this vector, best first."""
+        search_filter = SearchFilter(
+            bounds_lonlat=request.bbox,
+            relation=request.bbox_relation,
+            interval=parse_interval(request.datetime) if request.datetime else (None, None),
+            ground_sample_distance_m=request.gsd_m,
+            kinds=tuple(request.kinds),
+            excluded_id=request.chip_id,
+        )
+        return self.index.search(vector_E, request.k, search_filter)
+
+    def chip(self, chip_id: str) -> Hit:
+        """One chip of the index; KeyError if it is not there."""
+        return self.index.get([chip_id])[chip_id]
+
+    def chip_images(self, hits: Sequence[Hit]) -> list[bytes]:
+        """JPEG bytes of chips, read by row from the table that first wrote them."""
+        rows = self._chips.take([hit.row for hit in hits], columns=["id", "image"]).to_pylist()
+        for hit, row in zip(hits, rows, strict=True):
+            if row["id"] != hit.id:
+                raise RuntimeError(f"index and chips disagree: row {hit.row} is {row['id']}, not {hit.id}")
+        return [row["image"] for row in rows]
+
+    def result(self, hit: Hit, request: SearchRequest) -> SearchResult:
+        """A hit as the API tells it."""
+        return SearchResult(
+            chip_id=hit.id,
+            score=hit.score,
+            bounds_lonlat=hit.bounds_lonlat,
+            corners_lonlat=self.catalogue.corners(hit),
+            scene=hit.scene,
+            datetime=hit.datetime.isoformat().replace("+00:00", "Z") if hit.datetime else None,
+            ground_sample_distance_m=hit.ground_sample_distance_m,
+            caption=hit.caption,
+            kinds=list(hit.kinds),
+            thumbnail_url=f"/chips/{quote(hit.id, safe='')}.jpg",
+            heatmap_url=heatmap_url(hit.id, text=request.text, like=request.chip_id) if request.localize else None,
+        )
+
+    def spot(self, peak: Peak, hit: Hit | None) -> Spot:
+        """A peak as the API tells it, with its place on Earth if the picture is a chip."""
+        fractions = (peak.row_fraction, peak.column_fraction)
+        return Spot(
+            score=peak.score,
+            peak_fraction=fractions,
+            box_fraction=peak.box_fraction,
+            peak_lonlat=self.catalogue.place(hit, *fractions) if hit else None,
+            box_lonlat=self.catalogue.box(hit, peak.box_fraction) if hit else None,
+        )
+
+    @cached_property
+    def stats(self) -> dict[str, Any]:
+        """What is served: artifact refs, the model, counts, kinds of landmarks and scenes."""
+        meta = self.index.meta
+        return {
+            **self._refs,
+            "model_hash": meta.model_hash,
+            "embedding_width": meta.embedding_width,
+            "image_size_px": self.embedder.image_size,
+            "num_chips": meta.num_rows,
+            "search": meta.search,
+            "kinds": self.index.kinds(),
+            "scenes": [scene.summary() for scene in self.catalogue.scenes.values()],
+        }
+
+
+def heatmap_url(chip_id: str, text: str | None, like: str | None = None) -> str | None:
+    """Path of a chip's heatmap for a text or for likeness to another chip; None for an uploaded picture."""
+    query = {"text": text} if text else {"like": like} if like else None
+    return f"/heatmaps/{quote(chip_id, safe='')}.png?{urlencode(query)}" if query else None

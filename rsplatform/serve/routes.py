@@ -1,0 +1,188 @@
+"""The HTTP routes as a FastAPI application over `Services`; the same under Ray Serve, uvicorn and in tests.
+
+In: services and limits. Out: a guarded ASGI application. Routes only translate; limits of size and time are the
+guard's, limits of content are api.py's.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, Query, Response
+from fastapi import Path as PathParameter
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp
+
+from rsplatform.serve.api import (
+    ID_PATTERN,
+    MAX_TEXT_CHARACTERS,
+    CaptionRequest,
+    CaptionResponse,
+    EmbedRequest,
+    EmbedResponse,
+    Health,
+    LocalizeRequest,
+    LocalizeResponse,
+    Problem,
+    SearchRequest,
+    SearchResponse,
+)
+from rsplatform.serve.localization import heatmap_png
+from rsplatform.serve.predict import PredictRequest, PredictResponse
+from rsplatform.serve.security import Guard, Guarded
+from rsplatform.serve.services import RequestError, Services
+
+PAGES = Path(__file__).parent / "pages"
+DESCRIPTION = "Ask in words or with a picture, get the chips and the spot in each of them."
+# What every route may answer when it refuses; the models of success stand at the routes.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": reason}
+    for status, reason in {
+        400: "The body is no JSON",
+        401: "No API key",
+        404: "No such chip, scene or tile",
+        408: "The body came too slowly",
+        413: "The body is too large",
+        421: "The Host is not this machine",
+        422: "A field is wrong; `detail` names it",
+        503: "Overloaded or starting; try again later",
+    }.items()
+}
+CACHED = {"cache-control": "private, max-age=3600"}
+PICTURE = {"content": {"image/png": {}, "image/jpeg": {}}, "description": "The picture"}
+
+ChipIdInPath = Annotated[str, PathParameter(pattern=ID_PATTERN)]
+QueryText = Annotated[str | None, Query(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+QueryChip = Annotated[str | None, Query(pattern=ID_PATTERN)]
+
+
+def build_app(services: Services | None, limits: Guarded) -> ASGIApp:
+    """The guarded application. `services` None gives one that knows its OpenAPI but answers no request."""
+    return Guard(build_routes(services), limits)
+
+
+def build_routes(services: Services | None) -> FastAPI:
+    """The routes without the guard in front."""
+    app = FastAPI(
+        title="rsplatform",
+        version="1",
+        description=DESCRIPTION,
+        docs_url=None,  # FastAPI's pages load scripts from a CDN
+        redoc_url=None,
+        responses=REFUSALS,
+    )
+
+    def given() -> Services:
+        if services is None:
+            raise RequestError(503, "the server is starting")
+        return services
+
+    Provided = Annotated[Services, Depends(given)]
+    app.exception_handler(RequestError)(_request_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
+    _add_queries(app, Provided)
+    _add_pictures(app, Provided)
+    _add_pages(app, given)
+    return app
+
+
+def _add_queries(app: FastAPI, Provided: Any) -> None:
+    @app.get("/health")
+    async def health(services: Provided) -> Health:
+        """Encodes one sample text: "ok" means that the model answers."""
+        await services.check()
+        return Health(status="ok", model_hash=services.model_hash, num_chips=services.retrieval.index.meta.num_rows)
+
+    @app.post("/v1/search")
+    async def search(request: SearchRequest, services: Provided) -> SearchResponse:
+        """Chips that fit a text, a picture or a chip, narrowed by place, date, scale and kind before the search."""
+        return await services.search(request)
+
+    @app.post("/v1/localize")
+    async def localize(request: LocalizeRequest, services: Provided) -> LocalizeResponse:
+        """Where in a picture or chip each text is."""
+        return await services.localize(request)
+
+    @app.post("/v1/embed")
+    async def embed(request: EmbedRequest, services: Provided) -> EmbedResponse:
+        """Unit vectors of texts and pictures, comparable by their dot product."""
+        return await services.embed(request)
+
+    @app.post("/v1/caption")
+    async def caption(request: CaptionRequest, services: Provided) -> CaptionResponse:
+        """What the model itself says about a picture or chip."""
+        return await services.caption(request)
+
+    @app.post("/predict")
+    async def predict(request: PredictRequest, services: Provided) -> PredictResponse:
+        """Embeddings or scores in the form of the closed product."""
+        return await services.predict(request)
+
+    @app.get("/v1/stats")
+    async def stats(services: Provided) -> dict[str, Any]:
+        """What is served: artifacts, model, number of chips, kinds of landmarks, scenes with bounds and zooms."""
+        return services.stats()
+
+
+def _add_pictures(app: FastAPI, Provided: Any) -> None:
+    @app.get("/chips/{chip_id}.jpg", response_class=Response, responses={200: PICTURE})
+    async def chip(chip_id: ChipIdInPath, services: Provided) -> Response:
+        """The picture of a chip."""
+        return Response(await services.chip_image(chip_id), media_type="image/jpeg", headers=CACHED)
+
+    @app.get("/heatmaps/{chip_id}.png", response_class=Response, responses={200: PICTURE})
+    async def heatmap(
+        chip_id: ChipIdInPath, services: Provided, text: QueryText = None, like: QueryChip = None
+    ) -> Response:
+        """Transparent overlay of where in a chip a text is, or what resembles another chip."""
+        scores_HW = await services.heatmap(chip_id, text, like)
+        return Response(heatmap_png(scores_HW), media_type="image/png", headers=CACHED)
+
+    @app.get("/tiles/{scene}/{z}/{x}/{y}.{form}", response_class=Response, responses={200: PICTURE, 204: {}})
+    async def tile(
+        scene: ChipIdInPath, z: int, x: int, y: int, form: Literal["jpg", "png"], services: Provided
+    ) -> Response:
+        """Web-mercator tile of a scene, 256 px; 204 where the scene has no pixels."""
+        data = await services.tile(scene, z, x, y, form)
+        if data is None:
+            return Response(status_code=204, headers=CACHED)
+        return Response(data, media_type="image/jpeg" if form == "jpg" else "image/png", headers=CACHED)
+
+
+def _add_pages(app: FastAPI, given: Callable[[], Services]) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGES / "index.html")
+
+    app.mount("/static/maplibre", StaticFiles(directory=_maplibre_folder()), name="maplibre")
+    app.mount("/static", StaticFiles(directory=PAGES), name="static")
+
+
+def _maplibre_folder() -> Path:
+    """MapLibre GL's script and style as the PyPI package ships them, found without importing it."""
+    spec = find_spec("maplibre")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the map page needs the package maplibre; install it with the rest of rsplatform")
+    return Path(spec.origin).parent / "srcjs"
+
+
+async def _request_error(_: HttpRequest, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError)
+    headers = {"retry-after": "2"} if error.status == 503 else None
+    return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+
+
+async def _validation_error(_: HttpRequest, error: Exception) -> JSONResponse:
+    """One sentence per bad field; what was sent is not repeated (it may be megabytes, or no JSON)."""
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    sentences = []
+    for problem in problems[:5]:
+        where = ".".join(str(part) for part in problem["loc"] if part != "body")
+        sentences.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+    status = 400 if any(problem["type"] == "json_invalid" for problem in problems) else 422
+    return JSONResponse({"detail": "; ".join(sentences).removeprefix("Value error, ")}, status_code=status)

@@ -1,0 +1,153 @@
+"""The protocol between the training loop and what runs the model, and its plain implementation.
+
+An engine holds the model and its optimizer: forward, backward, one step, and the full state as named tensors.
+`PlainEngine` runs one process, or several that average their gradients by all_reduce. Its state and that of
+DeepSpeedEngine have the same names, so a checkpoint of one resumes under the other and at any world size.
+Shapes: B batch, C channels, H W pixels, T tokens, K values, N numbers.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rsplatform.model.gather import FeatureGather
+from rsplatform.model.mammut import Mammut, MammutOutput
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizer
+
+MODEL, FIRST_MOMENT, SECOND_MOMENT, NUM_STEPS = "model/", "exp_avg/", "exp_avg_sq/", "num_steps"
+# Gradients are averaged in pieces of this many numbers, to bound the extra memory.
+BUCKET_NUMBERS = 32 * 2**20
+
+
+class Engine(Protocol):
+    """What the loop needs. Every method but `model` is called by all processes together."""
+
+    gather: FeatureGather | None
+
+    @property
+    def model(self) -> Mammut: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, learning_rate: float) -> float: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+def mean_over_processes(values_K: Tensor, gather: FeatureGather | None) -> Tensor:
+    """Mean of each process's values; every process gets the same."""
+    if gather is None:
+        return values_K
+    return gather.total(values_K) / gather.world_size
+
+
+def gather_of_default_group() -> FeatureGather | None:
+    """The gather of the running process group; None where a process trains alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return FeatureGather.of_group()
+
+
+class PlainEngine:
+    """One copy of the model per process. `gather` None: this process alone."""
+
+    def __init__(self, model: Mammut, config: OptimizerConfig, gather: FeatureGather | None = None) -> None:
+        self.gather = gather
+        self._model = model
+        self._config = config
+        self._optimizer = build_optimizer(model, config)
+
+    @property
+    def model(self) -> Mammut:
+        """The module itself, whole on every process."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._model.log_logit_scale.device
+
+    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
+        """Both passes of the model."""
+        return self._model(images_BCHW, tokens_BT)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this process's loss; `step` averages them over processes."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Average gradients, clip, update; returns the norm before clipping. A norm that is not finite: no update."""
+        if self.gather is not None:
+            self._average_gradients(self.gather)
+        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._config.gradient_clip))
+        if math.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and AdamW moments by parameter name, and the number of updates."""
+        tensors, num_steps = {}, torch.zeros(())
+        for name, parameter in self._model.named_parameters():
+            tensors[MODEL + name] = parameter.detach()
+            moments = self._optimizer.state.get(parameter)
+            if moments:
+                tensors[FIRST_MOMENT + name] = moments["exp_avg"]
+                tensors[SECOND_MOMENT + name] = moments["exp_avg_sq"]
+                num_steps = moments["step"]
+        return tensors | {NUM_STEPS: num_steps.clone()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue exactly where `state` was taken; KeyError if it is the state of another model."""
+        for name, parameter in self._model.named_parameters():
+            parameter.copy_(tensors[MODEL + name])
+            if FIRST_MOMENT + name in tensors:
+                self._optimizer.state[parameter] = {
+                    "step": tensors[NUM_STEPS].clone().to(parameter.device),
+                    "exp_avg": tensors[FIRST_MOMENT + name].to(parameter.device).clone(),
+                    "exp_avg_sq": tensors[SECOND_MOMENT + name].to(parameter.device).clone(),
+                }
+
+    def _average_gradients(self, gather: FeatureGather) -> None:
+        """Written out instead of DDP: DDP rearranges its buckets after the first step, so that a resumed run of
+        three or more processes would add in another order and lose bitwise equality. What is given up: overlap
+        of communication with the backward pass (DeepSpeedEngine has it)."""
+        for bucket in _buckets([p for p in self._model.parameters() if p.requires_grad]):
+            flat_N = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
+            dist.all_reduce(flat_N, group=gather.group)
+            flat_N /= gather.world_size
+            pieces = flat_N.split([parameter.numel() for parameter in bucket])
+            for parameter, piece_N in zip(bucket, pieces, strict=True):
+                parameter.grad = piece_N.view_as(parameter)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Consecutive parameters of one dtype, up to BUCKET_NUMBERS numbers at a time."""
+    bucket: list[nn.Parameter] = []
+    numbers = 0
+    for parameter in parameters:
+        if bucket and (numbers + parameter.numel() > BUCKET_NUMBERS or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, numbers = [], 0
+        bucket.append(parameter)
+        numbers += parameter.numel()
+    if bucket:
+        yield bucket

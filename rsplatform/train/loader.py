@@ -1,0 +1,150 @@
+"""Batches ahead of the training step: reading and decoding in threads, with a cache of small pictures.
+
+In: a store of samples and the global batches' sample indices by step. Out: `Batch` objects in step order. What
+is in a batch depends on (seed, step, rank, world size) alone, never on the timing of threads. The store is
+anything with `ids`, `captions(i)` and `read(indices)`; this module opens no files and moves nothing to a device.
+Shapes: H W pixels, C channels.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
+from rsplatform.model.tokenizer import Tokenizer
+from rsplatform.train.batch import Augmentation, Batch, augment, pad_tokens, sample_rng
+
+
+class EncodedSample(Protocol):
+    """A picture as bytes, with its id."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def image(self) -> bytes: ...
+
+
+class SampleSource(Protocol):
+    """What the loader needs of a dataset; `rsplatform.dataset.store.SampleStore` is one."""
+
+    ids: list[str]
+
+    def captions(self, index: int) -> Sequence[str]: ...
+
+    def read(self, indices: Sequence[int]) -> Sequence[EncodedSample]: ...
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Sizes and choices of the loader. `cache_gb` bounds decoded, resized pictures kept in memory (0: none)."""
+
+    image_size: int
+    context_length: int
+    seed: int = 0
+    augmentation: Augmentation = Augmentation()
+    cache_gb: float = 0.0
+    decode_threads: int = 2
+    prefetch_batches: int = 3
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a global batch a process takes: `[rank::world_size]`."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class Loader:
+    """Makes the batches of one process. `plan(step)` gives the sample indices of the whole global batch."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        tokenizer: Tokenizer,
+        plan: Callable[[int], np.ndarray],
+        config: LoaderConfig,
+        share: Share | None = None,
+    ) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.config = config
+        self.share = share or Share()
+        self._source_size = config.augmentation.source_size(config.image_size)
+        self._cache: dict[int, np.ndarray] = {}
+        self._cache_slots = int(config.cache_gb * 1e9 / (3 * self._source_size**2))
+        self._cache_lock = threading.Lock()
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        """Batches of steps start_step … end_step - 1, made ahead by background threads."""
+        pending: deque[Future[Batch]] = deque()
+        next_step = start_step
+        with (
+            ThreadPoolExecutor(self.config.decode_threads, "decode") as decoders,
+            ThreadPoolExecutor(1, "assemble") as assembler,
+        ):
+            try:
+                while pending or next_step < end_step:
+                    while next_step < end_step and len(pending) < self.config.prefetch_batches:
+                        pending.append(assembler.submit(self.batch, next_step, decoders))
+                        next_step += 1
+                    yield pending.popleft().result()
+            finally:  # the consumer stopped early: what has not begun need not be made
+                for future in pending:
+                    future.cancel()
+
+    def batch(self, step: int, decoders: ThreadPoolExecutor) -> Batch:
+        """This process's share of global batch `step`.
+
+        Raises:
+            ValueError: the global batch does not divide among the processes.
+            ImageError: a sample's bytes are no picture; the message names the sample.
+        """
+        rows = self.plan(step)
+        if len(rows) % self.share.world_size:
+            raise ValueError(
+                f"batch_size {len(rows)} does not divide among {self.share.world_size} workers; "
+                "change batch_size in the recipe or train.num_workers in the cluster file"
+            )
+        positions = range(self.share.rank, len(rows), self.share.world_size)
+        indices = [int(rows[position]) for position in positions]
+        squares = self._squares(indices, decoders)
+        views = list(decoders.map(self._view, [step] * len(indices), positions, indices, [squares] * len(indices)))
+        captions = [caption for caption, _ in views]
+        return Batch(
+            images_BHWC=torch.from_numpy(np.stack([view_HWC for _, view_HWC in views])),
+            tokens_BT=pad_tokens(captions, self.tokenizer, self.config.context_length),
+            sample_ids=tuple(self.source.ids[index] for index in indices),
+        )
+
+    def _view(self, step: int, position: int, index: int, squares: dict[int, np.ndarray]) -> tuple[str, np.ndarray]:
+        rng = sample_rng(self.config.seed, step, position)
+        captions = self.source.captions(index)
+        caption = captions[int(rng.integers(len(captions)))]
+        return caption, augment(squares[index], self.config.image_size, self.config.augmentation, caption, rng)
+
+    def _squares(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, np.ndarray]:
+        """The decoded squares of all `indices`, from the cache or freshly read; the cache never changes pixels."""
+        squares = {index: self._cache[index] for index in indices if index in self._cache}
+        missing = [index for index in dict.fromkeys(indices) if index not in squares]
+        if missing:
+            samples = self.source.read(missing)
+            squares |= dict(zip(missing, decoders.map(self._square, samples), strict=True))
+            with self._cache_lock:
+                for index in missing[: max(0, self._cache_slots - len(self._cache))]:
+                    self._cache[index] = squares[index]
+        return squares
+
+    def _square(self, sample: EncodedSample) -> np.ndarray:
+        try:
+            return resize_crop(decode_image(sample.image), self._source_size)
+        except ImageError as error:
+            raise ImageError(error.reason, f"sample {sample.id}: {error.detail}") from error

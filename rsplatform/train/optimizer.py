@@ -1,0 +1,98 @@
+"""AdamW with parameter groups, learning-rate schedules and a moving average of the weights.
+
+In: a module and frozen configs. Out: a torch optimizer, a learning rate per step, an averaged copy. The caller
+clips gradients and steps. Torch only. The logit scale's clamp is part of the model (model/mammut.py).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Betas, weight decay and clip are those of a published openMaMMUT run (RECIPE.md) [F]."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.gradient_clip <= 0:
+            raise ValueError(f"optimizer.gradient_clip {self.gradient_clip} must be above 0")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `learning_rate`, then a decay to `final_fraction` of it over the rest of the steps.
+
+    cosine: half a cosine. wsd: constant, then linear over the last `decay_fraction` of the steps. constant: none.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    decay: Literal["cosine", "wsd", "constant"] = "cosine"
+    final_fraction: float = 0.0
+    decay_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.warmup_steps < 0:
+            raise ValueError("schedule: learning_rate must be above 0 and warmup_steps not negative")
+        if self.decay not in ("cosine", "wsd", "constant"):
+            raise ValueError(f"schedule.decay: {self.decay!r} is not one of cosine, wsd, constant")
+
+    def at(self, step: int, num_steps: int) -> float:
+        """Learning rate of step 0 … num_steps - 1; the first step of a warm-up is above 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return self.learning_rate
+        decay_start = self.warmup_steps
+        if self.decay == "wsd":
+            decay_start = max(decay_start, round(num_steps * (1 - self.decay_fraction)))
+        done = (step - decay_start) / max(1, num_steps - decay_start)
+        done = min(1.0, max(0.0, done))
+        remaining = (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1 - done
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * remaining)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors and single numbers (norms, biases, gains, the logit scale) do not."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the learning rate is set before every step."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+class AveragedWeights:
+    """Exponential moving average of a model's parameters, in float32 beside them."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"ema_decay {decay} is not in (0, 1)")
+        self.decay = decay
+        self.tensors = {name: value.detach().float().clone() for name, value in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's present weights."""
+        for name, value in model.named_parameters():
+            self.tensors[name].lerp_(value.detach().float(), 1.0 - self.decay)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the average by a stored one."""
+        for name, value in self.tensors.items():
+            value.copy_(tensors[name])

@@ -1,0 +1,63 @@
+"""Two processes, each with half of the batch: mean gradients equal those of one process with the whole batch."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rsplatform.model.gather import FeatureGather
+from rsplatform.model.losses import LossConfig, mammut_loss
+from rsplatform.model.mammut import Mammut, mammut_config
+
+WORLD_SIZE = 2
+
+
+def loss_configs() -> list[LossConfig]:
+    return [LossConfig(), LossConfig(mask_identical_texts=False), LossConfig("focal_sigmoid", caption_weight=2.0)]
+
+
+def model_and_batch() -> tuple[Mammut, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    sides = {
+        f"{part}_{name}": value for part in ("vision", "text") for name, value in (("width", 16), ("mlp_width", 24))
+    }
+    config = mammut_config("mini", image_size=16, vocab_size=20, context_length=8, **sides)
+    tokens_BT = torch.randint(3, 20, (6, 7))
+    tokens_BT[0, 3:] = 0  # the two halves have different numbers of caption tokens
+    tokens_BT[5] = tokens_BT[1]  # one text stands in both halves
+    return Mammut(config).double(), torch.randn(6, 3, 16, 16, dtype=torch.float64), tokens_BT
+
+
+def gradients_of_rank(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
+    gather = FeatureGather.of_group()
+    results = []
+    for config in loss_configs():
+        model, images_BCHW, tokens_BT = model_and_batch()
+        own = slice(rank * 3, rank * 3 + 3)
+        loss, parts = mammut_loss(model(images_BCHW[own], tokens_BT[own]), tokens_BT[own], config, gather)
+        loss.backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+        mean_loss = gather.total(parts["loss"]) / WORLD_SIZE
+        results.append(([p.grad / WORLD_SIZE for p in model.parameters() if p.grad is not None], mean_loss))
+    if rank == 0:
+        torch.save(results, Path(folder) / "results.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
+    mp.start_processes(gradients_of_rank, args=(str(tmp_path),), nprocs=WORLD_SIZE, start_method="spawn")
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    for config, (gradients, mean_loss) in zip(loss_configs(), results, strict=True):
+        model, images_BCHW, tokens_BT = model_and_batch()
+        loss, _ = mammut_loss(model(images_BCHW, tokens_BT), tokens_BT, config)
+        loss.backward()
+        torch.testing.assert_close(mean_loss, loss.detach(), rtol=1e-12, atol=1e-12)
+        for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12, msg=f"{config} {name}")
