@@ -40,26 +40,36 @@ def build_index(config: BuildIndexConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        embedder = load_embedder(cluster.root, config.model)
-        pipeline = Pipeline(
-            stage=STAGE,
-            artifact=stage.artifact,
-            table=f"{DATABASE}/{TABLE}.lance",
-            schema=index_schema(embedder.embedding_width),
-            read=_ReadChips(cluster.root, config.chips),
-            operations=(Loaded(ChipEmbedder, (cluster.root, config.model, config.captions)),),
-        )
-        shards = _shards(open_table(cluster.root, config.chips).count_rows(), config.rows_per_shard)
+        pipeline, shards = index_pipeline(config, cluster.root, stage.artifact)
         stage.counts = run_pipeline(pipeline, shards, cluster)
-        meta = finish_index(stage.artifact.uri, embedder.model_hash, config.exact_below_rows)
+        model_hash = load_embedder(cluster.root, config.model).model_hash
+        meta = finish_index(stage.artifact.uri, model_hash, config.exact_below_rows)
         recall = {} if meta.recall_at_10 is None else {"index_recall_at_10": meta.recall_at_10}
         stage.log({"chips_indexed": float(meta.num_rows), "embedding_width": float(meta.embedding_width)} | recall)
     return stage.artifact
 
 
+def index_pipeline(
+    config: BuildIndexConfig, root: str, artifact: Artifact
+) -> tuple[Pipeline, list[dict[str, Any]]]:
+    """The pipeline that fills the table, and its shards: ranges of rows of the chips table."""
+    width = load_embedder(root, config.model).embedding_width
+    pipeline = Pipeline(
+        stage=STAGE,
+        artifact=artifact,
+        table=f"{DATABASE}/{TABLE}.lance",
+        schema=index_schema(width),
+        read=_ReadChips(root, config.chips),
+        operations=(Loaded(ChipEmbedder, (root, config.model, config.captions)),),
+    )
+    return pipeline, _shards(open_table(root, config.chips).count_rows(), config.rows_per_shard)
+
+
 def _shards(num_rows: int, rows_per_shard: int) -> list[dict[str, Any]]:
     starts = range(0, num_rows, rows_per_shard)
-    return [{"shard": f"{start:012d}", "start": start, "rows": min(rows_per_shard, num_rows - start)} for start in starts]
+    return [
+        {"shard": f"{start:012d}", "start": start, "rows": min(rows_per_shard, num_rows - start)} for start in starts
+    ]
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,7 @@ class SearchFilter:
         parts += [f"datetime <= {_time(end)}"] if end else []
         if self.ground_sample_distance_m:
             low, high = self.ground_sample_distance_m
-            parts.append(
-                f"ground_sample_distance_m >= {_number(low)} AND ground_sample_distance_m <= {_number(high)}"
-            )
+            parts.append(f"ground_sample_distance_m >= {_number(low)} AND ground_sample_distance_m <= {_number(high)}")
         if self.kinds:
             parts.append(f"array_has_any(kinds, [{', '.join(quoted(kind) for kind in self.kinds)}])")
         parts += [f"id != {quoted(self.excluded_id)}"] if self.excluded_id else []

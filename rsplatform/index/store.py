@@ -6,7 +6,7 @@ Filters run before the search. It embeds nothing, and refuses vectors of another
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -125,9 +125,14 @@ def _train_vector_index(table: Any, meta: IndexMeta) -> IndexMeta:
         exact = _nearest(table, query, 10).bypass_vector_index().to_arrow()["id"].to_pylist()
         fast = _approximate(_nearest(table, query, 10)).to_arrow()["id"].to_pylist()
         found += len(set(exact) & set(fast)) / len(exact)
-    parameters = {"num_partitions": num_partitions, "num_probes": NUM_PROBES, "refine_factor": REFINE_FACTOR}
-    recall = {"search": "ivf_pq", "recall_at_10": found / len(rows)}
-    return IndexMeta(**asdict(meta) | parameters | recall)
+    return replace(
+        meta,
+        search="ivf_pq",
+        num_partitions=num_partitions,
+        num_probes=NUM_PROBES,
+        refine_factor=REFINE_FACTOR,
+        recall_at_10=found / len(rows),
+    )
 
 
 def _nearest(table: Any, vector_E: np.ndarray, k: int) -> Any:
@@ -167,9 +172,7 @@ class ChipIndex:
             ValueError: k below 1 or a vector of another width.
         """
         if k < 1 or vector_E.shape != (self.meta.embedding_width,):
-            raise ValueError(
-                f"expected k ≥ 1 and a vector of {self.meta.embedding_width}, got {k}, {vector_E.shape}"
-            )
+            raise ValueError(f"expected k ≥ 1 and a vector of {self.meta.embedding_width}, got {k}, {vector_E.shape}")
         query = _nearest(self._table, np.asarray(vector_E, dtype=np.float32), k)
         query = _approximate(query) if self.meta.search == "ivf_pq" else query
         where = search_filter.sql() if search_filter else None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from rsplatform.model.frozen_config import ConfigKeyError, config_from_mapping, unknown_key_message
 from rsplatform.model.text_decoder import TextConfig, TextDecoder
 from rsplatform.model.vision_encoder import PatchFeatures, VisionConfig, VisionEncoder
-from rsplatform.model.vocabulary_loss import vocabulary_loss
 
 MAX_LOG_LOGIT_SCALE = math.log(100.0)
 INITIAL_LOG_LOGIT_SCALE = math.log(1 / 0.07)
@@ -144,15 +143,14 @@ class Mammut(nn.Module):
     def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
         """Both passes over normalised images and token ids (0 = pad), the image tokens computed once."""
         image_tokens_BND = self.vision(images_BCHW)
-        hidden_BTD = self.text.generative(tokens_BT[:, :-1], self.image_to_text(image_tokens_BND))
-        caption = vocabulary_loss(hidden_BTD, self.text.vocabulary_weight_VD, tokens_BT[:, 1:])
+        decoded = self.text(tokens_BT, self.image_to_text(image_tokens_BND))
         return MammutOutput(
             image_embeddings_BE=unit_length(self.vision.embed_tokens(image_tokens_BND)),
-            text_embeddings_BE=unit_length(self.text.contrastive(tokens_BT)),
-            caption_hidden_BTD=hidden_BTD,
+            text_embeddings_BE=unit_length(decoded.pooled_BE),
+            caption_hidden_BTD=decoded.hidden_BTD,
             logit_scale=self.logit_scale(),
-            caption_loss_sum=caption.sum,
-            caption_token_count=caption.count,
+            caption_loss_sum=decoded.caption_loss_sum,
+            caption_token_count=decoded.caption_token_count,
         )
 
     def logit_scale(self) -> Tensor:

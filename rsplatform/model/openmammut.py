@@ -174,7 +174,7 @@ def tensors_of_layout(tensors: dict[str, Tensor], config: MammutConfig) -> dict[
         "vision.position_HWD": positions_ND[1:].unflatten(0, (grid, -1)),
         "vision.patch_embedding.weight": take("visual.conv1.weight").flatten(1),
         "vision.projection.weight": take("visual.proj").T,
-        "text.token_embedding.weight": take("text.token_embedding.weight"),
+        "text.token_embedding_VD": take("text.token_embedding.weight"),
         "text.position_TD": take("text.positional_embedding"),
         "text.vocabulary_VD": take(head_key).T,
         "image_to_text.weight": take("map_viz2txt_kv").T,

@@ -2,20 +2,19 @@
 
 Contrastive pass: bidirectional, no cross-attention, averaged -> one embedding a text. Generative pass: causal,
 cross-attention to image features after every nth layer -> hidden states for the next token.
-Does not tokenise, does not apply the vocabulary matrix (vocabulary_loss.py and mammut.py do).
+Does not tokenise and does not weigh losses.
 Shapes: B batch, T tokens, N non-pad tokens of the batch, S image tokens, D width, E embedding, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsplatform.model.transformer import CrossAttention, Mlp, SelfAttention, TokenLayout, initialise_blocks
-
-PAD_ID = 0
+from rsplatform.model.vocabulary_loss import PAD_ID, vocabulary_loss
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,17 @@ class CrossBlock(nn.Module):
         return rows_ND + self.mlp(self.norm_mlp(rows_ND))
 
 
+class DecoderOutput(NamedTuple):
+    """Pooled texts of the contrastive pass; hidden states and summed loss of the generative one."""
+
+    pooled_BE: Tensor
+    hidden_BTD: Tensor
+    caption_loss_sum: Tensor
+    caption_token_count: Tensor
+
+
 class TextDecoder(nn.Module):
-    """Token ids (B, T), pad id 0, to a pooled embedding (`contrastive`) or to hidden states (`generative`)."""
+    """Token ids (B, T), pad id 0, to a pooled embedding (`contrastive`) and to hidden states (`generative`)."""
 
     def __init__(self, config: TextConfig, embedding_width: int):
         super().__init__()
@@ -98,7 +106,7 @@ class TextDecoder(nn.Module):
                 "set text.projection to true or make them equal"
             )
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.token_embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.position_TD = nn.Parameter(torch.empty(config.context_length, config.width))
         every = config.cross_attention_every
         self.blocks = nn.ModuleList(
@@ -116,7 +124,7 @@ class TextDecoder(nn.Module):
         depth = self.config.num_layers + len(self.cross_blocks)
         initialise_blocks(self.blocks, self.config.width, depth)
         initialise_blocks(self.cross_blocks, self.config.width, depth)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.token_embedding_VD, std=0.02)
         nn.init.normal_(self.position_TD, std=0.01)
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=self.config.width**-0.5)
@@ -126,7 +134,17 @@ class TextDecoder(nn.Module):
     @property
     def vocabulary_weight_VD(self) -> Tensor:
         """The matrix that turns a hidden state into vocabulary logits: its own, or the token embedding."""
-        return self.token_embedding.weight if self.vocabulary_VD is None else self.vocabulary_VD
+        return self.token_embedding_VD if self.vocabulary_VD is None else self.vocabulary_VD
+
+    def forward(self, tokens_BT: Tensor, image_BSD: Tensor) -> DecoderOutput:
+        """Both passes, and the caption loss of tokens 1 … T-1 given those before: the training step's one call.
+
+        One call, and matrices owned by this module itself, because ZeRO-3 and FSDP2 put a module's parameters
+        together only while its forward runs.
+        """
+        hidden_BTD = self.generative(tokens_BT[:, :-1], image_BSD)
+        caption = vocabulary_loss(hidden_BTD, self.vocabulary_weight_VD, tokens_BT[:, 1:])
+        return DecoderOutput(self.contrastive(tokens_BT), hidden_BTD, caption.sum, caption.count)
 
     def contrastive(self, tokens_BT: Tensor) -> Tensor:
         """Bidirectional pass without cross-attention -> (B, E), not yet of unit length.
@@ -171,7 +189,7 @@ class TextDecoder(nn.Module):
             raise ValueError(
                 f"{num_tokens} tokens exceed the context length {self.config.context_length}: truncate the texts"
             )
-        return layout.pack(self.token_embedding(tokens_BT) + self.position_TD[:num_tokens])
+        return layout.pack(F.embedding(tokens_BT, self.token_embedding_VD) + self.position_TD[:num_tokens])
 
 
 def _valid_tokens(tokens_BT: Tensor) -> Tensor:

@@ -79,20 +79,18 @@ class AttentionPool(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_width: int):
         super().__init__()
-        self.num_heads = num_heads
         self.query_Kd = nn.Parameter(torch.empty(num_heads, width // num_heads))
-        self.key = nn.Linear(width, width, bias=False)  # a key bias is the same for all tokens: softmax drops it
+        # no key bias: it would be the same for all tokens, and the softmax drops it
+        self.key_KdD = nn.Parameter(torch.empty(num_heads, width // num_heads, width))
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = Mlp(width, mlp_width)
 
-    def scores(self, tokens_BND: Tensor) -> Tensor:
-        """q·k/√d per head (B, K, N). The query is constant, so it is folded into the key weights first."""
-        head_width = self.query_Kd.shape[1]
-        key_KdD = self.key.weight.view(self.num_heads, head_width, -1)
-        folded_KD = torch.einsum("kd,kdx->kx", self.query_Kd, key_KdD) * head_width**-0.5
-        return F.linear(tokens_BND, folded_KD).transpose(1, 2)
+    def forward(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (B, N, D), and q·k/√d per head (B, K, N): the constant query is folded into the key weights."""
+        folded_KD = torch.einsum("kd,kdx->kx", self.query_Kd, self.key_KdD) * self.query_Kd.shape[1] ** -0.5
+        return self.value(tokens_BND), F.linear(tokens_BND, folded_KD).transpose(1, 2)
 
     def finish(self, pooled_BD: Tensor) -> Tensor:
         """What follows the weighted sum: output projection, then a residual MLP."""
@@ -132,6 +130,7 @@ class VisionEncoder(nn.Module):
         if self.pool is not None:
             initialise_blocks(self.pool, self.config.width, 1)
             nn.init.normal_(self.pool.query_Kd, std=scale)
+            nn.init.normal_(self.pool.key_KdD, std=scale)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Tokens (B, N, D), class token first if there is one, before the last norm: what cross-attention reads."""
@@ -168,8 +167,7 @@ class VisionEncoder(nn.Module):
     def _values_and_scores(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.pool is None:
             return tokens_BND, None
-        normed_BND = self.norm_output(tokens_BND)
-        return self.pool.value(normed_BND), self.pool.scores(normed_BND)
+        return self.pool(self.norm_output(tokens_BND))
 
     def _pooled_tokens(self, tokens_BND: Tensor) -> Tensor:
         drops_class = self.class_token_D is not None and self.config.pooling == "mean"

@@ -41,9 +41,7 @@ def _is_range(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
-Text = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARACTERS, strip_whitespace=True)
-]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARACTERS, strip_whitespace=True)]
 ChipId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 ImageBase64 = Annotated[str, StringConstraints(min_length=1, max_length=MAX_IMAGE_CHARACTERS)]
 LonLat = tuple[float, float]

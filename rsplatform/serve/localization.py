@@ -132,9 +132,7 @@ def regions_geojson(
         height, width = scores_HW.shape
         mask_HW = (scores_HW >= threshold(scores_HW)).astype(np.uint8)
         for polygon, value in shapes(mask_HW, mask=mask_HW.astype(bool)):
-            rings = [
-                [place(row / height, column / width) for column, row in ring] for ring in polygon["coordinates"]
-            ]
+            rings = [[place(row / height, column / width) for column, row in ring] for ring in polygon["coordinates"]]
             geometry = {"type": "Polygon", "coordinates": rings}
             properties = {"text": text, "peak_score": float(scores_HW.max()), "class": int(value)}
             features.append({"type": "Feature", "geometry": geometry, "properties": properties})

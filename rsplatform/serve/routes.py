@@ -4,7 +4,6 @@ In: services and limits. Out: a guarded ASGI application. Routes only translate;
 guard's, limits of content are api.py's.
 """
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +59,16 @@ QueryText = Annotated[str | None, Query(min_length=1, max_length=MAX_TEXT_CHARAC
 QueryChip = Annotated[str | None, Query(pattern=ID_PATTERN)]
 
 
+def given_services(request: HttpRequest) -> Services:
+    """What the application was built with."""
+    if request.app.state.services is None:
+        raise RequestError(503, "the server is starting")
+    return request.app.state.services
+
+
+Provided = Annotated[Services, Depends(given_services)]
+
+
 def build_app(services: Services | None, limits: Guarded) -> ASGIApp:
     """The guarded application. `services` None gives one that knows its OpenAPI but answers no request."""
     return Guard(build_routes(services), limits)
@@ -76,21 +85,16 @@ def build_routes(services: Services | None) -> FastAPI:
         responses=REFUSALS,
     )
 
-    def given() -> Services:
-        if services is None:
-            raise RequestError(503, "the server is starting")
-        return services
-
-    Provided = Annotated[Services, Depends(given)]
+    app.state.services = services
     app.exception_handler(RequestError)(_request_error)
     app.exception_handler(RequestValidationError)(_validation_error)
-    _add_queries(app, Provided)
-    _add_pictures(app, Provided)
-    _add_pages(app, given)
+    _add_queries(app)
+    _add_pictures(app)
+    _add_pages(app)
     return app
 
 
-def _add_queries(app: FastAPI, Provided: Any) -> None:
+def _add_queries(app: FastAPI) -> None:
     @app.get("/health")
     async def health(services: Provided) -> Health:
         """Encodes one sample text: "ok" means that the model answers."""
@@ -128,7 +132,7 @@ def _add_queries(app: FastAPI, Provided: Any) -> None:
         return services.stats()
 
 
-def _add_pictures(app: FastAPI, Provided: Any) -> None:
+def _add_pictures(app: FastAPI) -> None:
     @app.get("/chips/{chip_id}.jpg", response_class=Response, responses={200: PICTURE})
     async def chip(chip_id: ChipIdInPath, services: Provided) -> Response:
         """The picture of a chip."""
@@ -153,7 +157,7 @@ def _add_pictures(app: FastAPI, Provided: Any) -> None:
         return Response(data, media_type="image/jpeg" if form == "jpg" else "image/png", headers=CACHED)
 
 
-def _add_pages(app: FastAPI, given: Callable[[], Services]) -> None:
+def _add_pages(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGES / "index.html")

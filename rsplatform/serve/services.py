@@ -60,6 +60,7 @@ class LocalVisionWork:
     """`VisionWork` in threads of this process."""
 
     def __init__(self, embedder: Embedder, window: int = 3) -> None:
+        self.embedder = embedder
         self._localization = Localization(embedder, window)
 
     async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
@@ -68,7 +69,7 @@ class LocalVisionWork:
 
     async def caption(self, image: bytes) -> str:
         """See VisionWork."""
-        return await asyncio.to_thread(greedy_caption, self._localization.embedder, image)
+        return await asyncio.to_thread(greedy_caption, self.embedder, image)
 
 
 EncodeText = Callable[[str], Awaitable[np.ndarray]]
@@ -220,9 +221,7 @@ def local_services(retrieval: Retrieval, window: int = 3) -> Services:
     async def encode_text(text: str) -> np.ndarray:
         return (await asyncio.to_thread(retrieval.embedder.embed_texts, [text]))[0]
 
-    return Services(
-        retrieval, Tiles(retrieval.catalogue), encode_text, LocalVisionWork(retrieval.embedder, window)
-    )
+    return Services(retrieval, Tiles(retrieval.catalogue), encode_text, LocalVisionWork(retrieval.embedder, window))
 
 
 def _checked_picture(image: str) -> bytes:

@@ -7,7 +7,8 @@ opening costs more than reading. It serves no raster that is not in the catalogu
 import math
 import threading
 from collections import OrderedDict
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import rasterio
@@ -42,16 +43,16 @@ class Tiles:
         """
         if not (0 <= zoom <= MAX_ZOOM and 0 <= x < 2**zoom and 0 <= y < 2**zoom):
             raise ValueError(f"tile {zoom}/{x}/{y} does not exist: 0 ≤ z ≤ {MAX_ZOOM} and 0 ≤ x, y < 2^z")
-        reader = self._reader(scene)
-        indexes = (1, 2, 3) if reader.dataset.count >= 3 else (1, 1, 1)
+        raster = self._open(scene)
         try:
-            image = reader.tile(x, y, zoom, tilesize=TILE_SIZE_PX, indexes=indexes)
+            image = raster.reader.tile(x, y, zoom, tilesize=TILE_SIZE_PX, indexes=raster.bands)
         except TileOutsideBounds:
             return None
-        if reader.dataset.dtypes[0] != "uint8":
-            image.rescale(in_range=self._stretch(scene, reader))
-        options = {"quality": 85} if form == "jpg" else {"zlevel": 1}
-        return image.render(img_format="JPEG" if form == "jpg" else "PNG", add_mask=form == "png", **options)
+        if raster.dataset.dtypes[0] != "uint8":
+            image.rescale(in_range=self._stretch(scene, raster))
+        if form == "jpg":
+            return image.render(img_format="JPEG", add_mask=False, quality=85)
+        return image.render(img_format="PNG", add_mask=True, zlevel=1)
 
     def zooms(self, scene: str) -> tuple[int, int]:
         """The zooms at which the scene fills about one tile, and at which one tile pixel is one of its own."""
@@ -62,27 +63,34 @@ class Tiles:
         coarsest = math.floor(math.log2(360 / max(east - west, north - south, 1e-9)))
         return max(0, min(coarsest - 2, MAX_ZOOM)), max(0, min(finest, MAX_ZOOM))
 
-    def _reader(self, scene: str) -> Reader:
+    def _open(self, scene: str) -> "_OpenScene":
         entry = self.catalogue.scenes[scene]
-        readers: OrderedDict[str, Reader] = getattr(self._local, "readers", None) or OrderedDict()
-        self._local.readers = readers
-        if scene not in readers:
+        opened: OrderedDict[str, _OpenScene] = getattr(self._local, "opened", None) or OrderedDict()
+        self._local.opened = opened
+        if scene not in opened:
             dataset = rasterio.open(gdal_path(entry.uri), driver="GTiff")
-            readers[scene] = Reader(None, dataset=dataset)
-            if len(readers) > MAX_OPEN_SCENES:
-                _, oldest = readers.popitem(last=False)
-                oldest.dataset.close()
-        readers.move_to_end(scene)
-        return readers[scene]
+            bands = (1, 2, 3) if dataset.count >= 3 else (1, 1, 1)
+            opened[scene] = _OpenScene(dataset, Reader(input=None, dataset=dataset, options={}), bands)
+            if len(opened) > MAX_OPEN_SCENES:
+                opened.popitem(last=False)[1].dataset.close()
+        opened.move_to_end(scene)
+        return opened[scene]
 
-    def _stretch(self, scene: str, reader: Reader) -> list[tuple[float, float]]:
+    def _stretch(self, scene: str, raster: "_OpenScene") -> list[tuple[float, float]]:
         """Value range per band that becomes 0…255: one for the whole scene, so that tiles meet without seams."""
         if scene not in self._stretches:
-            indexes = (1, 2, 3) if reader.dataset.count >= 3 else (1, 1, 1)
-            preview = reader.preview(max_size=512, indexes=indexes).array
-            bands = [band.compressed() for band in preview]
-            self._stretches[scene] = [_range(band) for band in bands]
+            preview = raster.reader.preview(max_size=512, indexes=raster.bands).array
+            self._stretches[scene] = [_range(band.compressed()) for band in preview]
         return self._stretches[scene]
+
+
+@dataclass(frozen=True)
+class _OpenScene:
+    """A raster held open by one thread, and the bands that make its picture."""
+
+    dataset: Any
+    reader: Reader
+    bands: tuple[int, int, int]
 
 
 def _range(band: np.ndarray) -> tuple[float, float]:

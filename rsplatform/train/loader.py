@@ -8,9 +8,9 @@ Shapes: H W pixels, C channels.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -48,7 +48,7 @@ class LoaderConfig:
     image_size: int
     context_length: int
     seed: int = 0
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
     cache_gb: float = 0.0
     decode_threads: int = 2
     prefetch_batches: int = 3
@@ -83,7 +83,7 @@ class Loader:
         self._cache_slots = int(config.cache_gb * 1e9 / (3 * self._source_size**2))
         self._cache_lock = threading.Lock()
 
-    def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int, end_step: int) -> Generator[Batch]:
         """Batches of steps start_step … end_step - 1, made ahead by background threads."""
         pending: deque[Future[Batch]] = deque()
         next_step = start_step

@@ -7,8 +7,9 @@ Shapes: B batch, C channels, H W pixels, T tokens, K values.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ class LoopConfig:
 
     num_steps: int
     seed: int = 0
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = field(default_factory=LossConfig)
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float | None = None
     max_minutes: float | None = None
@@ -50,6 +51,10 @@ class Progress:
     step: int = 0
     elapsed_s: float = 0.0
     stopped: str = ""
+
+
+# What a checkpoint gives back: the tensors of `full_state` and where the run stood.
+Resume = tuple[Mapping[str, Tensor], Progress]
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,11 @@ class Window:
 
 def fit(
     engine: Engine,
-    batches: Callable[[int, int], Iterator[Batch]],
+    batches: Callable[[int, int], Generator[Batch]],
     learning_rate: Callable[[int], float],
     config: LoopConfig,
     hooks: Hooks,
-    resume: tuple[dict[str, Tensor], Progress] | None = None,
+    resume: Resume | None = None,
 ) -> Progress:
     """Train from step 0, or from where `resume` (what `hooks.save` got) left off, to `config.num_steps`.
 
@@ -104,53 +109,59 @@ def fit(
     Raises:
         TrainingDivergedError: the loss or the gradient norm is not finite.
     """
-    progress = Progress()
     averaged = AveragedWeights(engine.model, config.ema_decay) if config.ema_decay else None
-    if resume is not None:
-        tensors, progress = resume
-        engine.load_state(tensors)
-        if averaged:
-            averaged.load({name.removeprefix(EMA): value for name, value in tensors.items() if name.startswith(EMA)})
-
-    def save() -> None:
-        extra = {EMA + name: value for name, value in averaged.tensors.items()} if averaged else {}
-        hooks.save(engine.state() | extra, progress)
-
+    progress = _restore(engine, averaged, resume) if resume else Progress()
     world_size = engine.gather.world_size if engine.gather else 1
-    resumed_at, elapsed_before = time.perf_counter(), progress.elapsed_s
-    last_save, window = resumed_at, Window()
-    stream = batches(progress.step, config.num_steps)
-    while progress.step < config.num_steps and not progress.stopped:
-        waiting_since = time.perf_counter()
-        batch = next(stream)
-        data_wait_s = time.perf_counter() - waiting_since
-        rate = learning_rate(progress.step)
-        values = forward_backward(engine, batch, progress.step, config)
-        # the clocks of the processes differ, so the first one's decides for all: the sum of its votes with zeros
-        now = time.perf_counter()
-        elapsed_s = elapsed_before + now - resumed_at
-        votes = _votes(config, elapsed_s, now - last_save, engine)
-        values, (stops, saves) = _agree(engine, values, votes)
-        _check_finite(values["loss"], "loss", progress.step, rate)
-        gradient_norm = engine.step(rate)
-        _check_finite(gradient_norm, "gradient norm", progress.step, rate)
-        if averaged:
-            averaged.update(engine.model)
-        progress = replace(progress, step=progress.step + 1, elapsed_s=elapsed_s)
-        values |= {"gradient_norm": gradient_norm}
-        window.add(values, len(batch.sample_ids) * world_size, data_wait_s)
-        if stops and progress.step < config.num_steps:
-            progress = replace(progress, stopped=f"max_minutes {config.max_minutes} reached at step {progress.step}")
-        is_last = progress.step == config.num_steps or bool(progress.stopped)
-        if is_last or progress.step % config.report_every_steps == 0:
-            hooks.report({**window.metrics(), "learning_rate": rate}, progress.step)
-            window = Window()
-        if hooks.validate and (is_last or _is_due(progress.step, config.validate_every_steps)):
-            hooks.report(hooks.validate(), progress.step)
-        if is_last or saves or _is_due(progress.step, config.checkpoint_every_steps):
-            save()
-            last_save = time.perf_counter()
+    started = time.perf_counter() - progress.elapsed_s
+    last_save_s, window = progress.elapsed_s, Window()
+    with closing(batches(progress.step, config.num_steps)) as stream:
+        while progress.step < config.num_steps and not progress.stopped:
+            waiting_since = time.perf_counter()
+            batch = next(stream)
+            data_wait_s = time.perf_counter() - waiting_since
+            rate = learning_rate(progress.step)
+            parts = forward_backward(engine, batch, progress.step, config)
+            elapsed_s = time.perf_counter() - started
+            votes = _votes(config, elapsed_s, elapsed_s - last_save_s, engine)
+            values, (stops, saves) = _agree(engine, parts, votes)
+            _check_finite(values["loss"], "loss", progress.step, rate)
+            values["gradient_norm"] = engine.step(rate)
+            _check_finite(values["gradient_norm"], "gradient norm", progress.step, rate)
+            if averaged:
+                averaged.update(engine.model)
+            window.add(values, len(batch.sample_ids) * world_size, data_wait_s)
+            progress = _advance(progress, elapsed_s, config, stops)
+            is_last = progress.step == config.num_steps or bool(progress.stopped)
+            if is_last or progress.step % config.report_every_steps == 0:
+                hooks.report({**window.metrics(), "learning_rate": rate}, progress.step)
+                window = Window()
+            if hooks.validate and (is_last or _is_due(progress.step, config.validate_every_steps)):
+                hooks.report(hooks.validate(), progress.step)
+            if is_last or saves or _is_due(progress.step, config.checkpoint_every_steps):
+                hooks.save(full_state(engine, averaged), progress)
+                last_save_s = elapsed_s
     return progress
+
+
+def full_state(engine: Engine, averaged: AveragedWeights | None) -> dict[str, Tensor]:
+    """Weights, moments and moving average, by name: what a checkpoint holds beside the progress."""
+    extra = {EMA + name: value for name, value in averaged.tensors.items()} if averaged else {}
+    return engine.state() | extra
+
+
+def _restore(engine: Engine, averaged: AveragedWeights | None, resume: Resume) -> Progress:
+    tensors, progress = resume
+    engine.load_state(tensors)
+    if averaged:
+        averaged.load({name.removeprefix(EMA): value for name, value in tensors.items() if name.startswith(EMA)})
+    return progress
+
+
+def _advance(progress: Progress, elapsed_s: float, config: LoopConfig, stops: bool) -> Progress:
+    step = progress.step + 1
+    early = stops and step < config.num_steps
+    stopped = f"max_minutes {config.max_minutes} reached after step {step}" if early else ""
+    return Progress(step, elapsed_s, stopped)
 
 
 def forward_backward(engine: Engine, batch: Batch, step: int, config: LoopConfig) -> dict[str, Tensor]:

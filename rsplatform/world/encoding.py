@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 Bytes = NDArray[np.uint8]
 FORMAT_SHARES = {"JPEG": 0.86, "PNG": 0.06, "WEBP": 0.08}
-SMALLEST_SIDE_PX, LARGEST_SIDE_PX = 96, 256
+SMALLEST_SIDE_PX, LARGEST_SIDE_PX = 96, 224
 DAMAGES = ("truncated", "empty", "html", "gif")
 
 

@@ -43,9 +43,9 @@ def draw_palette(rng: np.random.Generator, class_id: int) -> str:
 
 def draw_colour(rng: np.random.Generator, palette: str) -> tuple[float, float, float]:
     """One instance's RGB (0-255): the palette's colour, lighter or darker, with a slight own hue."""
-    lightness = rng.normal(0, 9)
-    red, green, blue = (value + lightness + rng.normal(0, 3) for value in PALETTE_RGB[palette])
-    return float(np.clip(red, 20, 235)), float(np.clip(green, 20, 235)), float(np.clip(blue, 20, 235))
+    shift = rng.normal(0, (9, 3, 3, 3))
+    red, green, blue = np.clip(np.array(PALETTE_RGB[palette]) + shift[0] + shift[1:], 20, 235).tolist()
+    return red, green, blue
 
 
 def draw_class_colour(rng: np.random.Generator, class_id: int) -> tuple[float, float, float]:

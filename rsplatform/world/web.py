@@ -26,7 +26,7 @@ TRUTH_SHARES = {
     "train_pairs": {"overhead": 0.5, "ground": 0.34, "diagram": 0.16},
 }
 DAMAGE_SHARE = 0.04
-CELLS_PER_SIDE = 4
+CELLS_PER_SIDE = 5
 OTHERS_PER_TASK = 48
 
 

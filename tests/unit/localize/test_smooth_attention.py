@@ -43,7 +43,7 @@ def _double_and_seeded():
     torch.set_default_dtype(before)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     heads=st.sampled_from([1, 2]),

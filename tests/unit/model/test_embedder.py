@@ -1,6 +1,7 @@
 """Vectors: the same whatever the batch, unit length, and patches that pool to the image's embedding."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def pictures() -> list[np.ndarray]:
 
 def test_embeddings_are_unit_float32_and_do_not_depend_on_the_batch():
     model = embedder()
-    for embed, inputs in ((model.embed_images, pictures()), (model.embed_texts, TEXTS)):
+    cases: list[tuple[Any, list[Any]]] = [(model.embed_images, pictures()), (model.embed_texts, TEXTS)]
+    for embed, inputs in cases:
         together = embed(inputs)
         assert together.dtype == np.float32 and together.shape == (len(inputs), model.embedding_width)
         np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
@@ -78,5 +80,5 @@ def test_a_loaded_embedder_is_the_same_with_the_same_hash(tmp_path):
     assert loaded.model_hash == model.model_hash and len(loaded.model_hash) == 64
     np.testing.assert_array_equal(loaded.embed_texts(TEXTS), Embedder(model.model, model.tokenizer).embed_texts(TEXTS))
     with torch.no_grad():
-        loaded.model.log_logit_scale += 0.1
+        loaded.model.log_logit_scale.add_(0.1)
     assert Embedder(loaded.model, loaded.tokenizer).model_hash != model.model_hash

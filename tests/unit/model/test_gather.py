@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.losses import LossConfig, mammut_loss
@@ -52,7 +52,7 @@ def gradients_of_rank(rank: int, folder: str) -> None:
 
 
 def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
-    mp.start_processes(gradients_of_rank, args=(str(tmp_path),), nprocs=WORLD_SIZE, start_method="spawn")
+    spawn(gradients_of_rank, args=(str(tmp_path),), nprocs=WORLD_SIZE)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for config, (gradients, mean_loss) in zip(loss_configs(), results, strict=True):
         model, images_BCHW, tokens_BT = model_and_batch()

@@ -1,5 +1,7 @@
 """The decoder's two passes against a plain one-text-at-a-time version, and what each pass may see."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ LENGTHS = (9, 4, 1, 6)
 
 def decoder(**overrides) -> TextDecoder:
     torch.manual_seed(0)
-    settings = {
+    settings: dict[str, Any] = {
         "width": 24,
         "num_layers": 5,
         "num_heads": 3,
@@ -54,13 +56,13 @@ def plain_mlp(block, x):
 def plain_pass(model: TextDecoder, tokens_T: torch.Tensor, image_SD: torch.Tensor | None) -> torch.Tensor:
     """One text without pads: hidden states (T, D). With image features it is the generative pass."""
     config = model.config
-    x = model.token_embedding(tokens_T) + model.position_TD[: len(tokens_T)]
-    for index, block in enumerate(model.blocks):
+    x = model.token_embedding_VD[tokens_T] + model.position_TD[: len(tokens_T)]
+    for index, block in enumerate(cast(Any, model.blocks)):
         q, k, v = block.attention.qkv(block.norm_attention(x)).chunk(3, -1)
         x = x + block.attention.out(plain_attention(q, k, v, config.num_heads, causal=image_SD is not None))
         x = plain_mlp(block, x)
         if image_SD is not None and index % config.cross_attention_every == 0:
-            cross = model.cross_blocks[index // config.cross_attention_every]
+            cross: Any = model.cross_blocks[index // config.cross_attention_every]
             k, v = cross.attention.key_value(cross.norm_image(image_SD)).chunk(2, -1)
             q = cross.attention.query(cross.norm_text(x))
             x = x + cross.attention.out(plain_attention(q, k, v, config.num_heads, causal=False))

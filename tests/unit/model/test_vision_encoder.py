@@ -1,5 +1,7 @@
 """The vision encoder against plain formulas: convolution patches, each pooling, patch dropout, other sizes."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from rsplatform.model.vision_encoder import VisionConfig, VisionEncoder, drop_pa
 
 def encoder(**overrides) -> VisionEncoder:
     torch.manual_seed(0)
-    settings = {
+    settings: dict[str, Any] = {
         "width": 24,
         "num_layers": 2,
         "num_heads": 3,
@@ -29,7 +31,7 @@ def plain_tokens(model: VisionEncoder, images_BCHW: torch.Tensor) -> torch.Tenso
     if model.class_token_D is not None:
         tokens = torch.cat([model.class_token_D.expand(len(tokens), 1, -1), tokens], 1)
     tokens = model.norm_input(tokens)
-    for block in model.blocks:
+    for block in cast(Any, model.blocks):
         normed = block.norm_attention(tokens).transpose(0, 1)
         attention = block.attention
         mixed, _ = F.multi_head_attention_forward(
@@ -63,7 +65,7 @@ def test_map_pooling_equals_the_plain_formula():
     assert pool is not None
     tokens_BND = model(torch.randn(2, 3, 16, 16))
     normed_BND = model.norm_output(tokens_BND)
-    keys, values = pool.key(normed_BND), pool.value(normed_BND)
+    keys, values = normed_BND @ pool.key_KdD.flatten(0, 1).T, pool.value(normed_BND)
     pooled = []
     for head in range(3):
         columns = slice(head * 8, head * 8 + 8)

@@ -87,7 +87,7 @@ def test_clouds_cover_the_fraction_asked_and_cast_shadows() -> None:
 def colours_and_classes() -> dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]]:
     """RGB (P, 3) and class ids (P,) of every fourth pixel of train and held-out scenes."""
     found: dict[str, list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]] = {"train": [], "val": []}
-    for plan in plan_scenes(7, 720, 5, 3):
+    for plan in plan_scenes(7, 640, 5, 2):
         pixels_HWC, classes_HW = draw_scene(plan, lay_out_place(plan))
         found[plan.split].append((pixels_HWC[::2, ::2].reshape(-1, 3), classes_HW[::2, ::2].ravel()))
     return {

@@ -1,0 +1,207 @@
+"""Ray Serve around the plain classes: two deployments, started and stopped as one, and the front door's runtime.
+
+    proxy -> Gateway (FastAPI, text encoding in batches, search) -> PictureWork (smooth attention, captions)
+
+Text encoding and search share a replica because a hop costs more than either. Must not use postponed evaluation
+of annotations: FastAPI reads them where Serve builds the application.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+from ray import serve
+from ray.serve.config import ProxyLocation
+from starlette.types import ASGIApp
+
+from rsplatform.cluster import Cluster
+from rsplatform.index.embed import load_embedder
+from rsplatform.runtime import ray_runtime
+from rsplatform.serve.retrieval import Retrieval
+from rsplatform.serve.routes import build_app
+from rsplatform.serve.security import Guarded, check_address, key_hashes
+from rsplatform.serve.services import LocalVisionWork, Services, VisionWork
+from rsplatform.serve.tiles import Tiles
+
+APPLICATION = "rsplatform"
+MAX_TEXT_BATCH = 32
+# A text waits at most this long for others to share its forward.
+BATCH_WAIT_S = 0.002
+# Serve caps every batch at max_ongoing_requests, whose default is 5; twice the batch keeps the next one filling.
+MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
+MAX_QUEUED_REQUESTS = 256
+START_TIMEOUT_S = 180
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a deployment serves, and its limits."""
+
+    cluster: Cluster
+    model: str
+    index: str
+    chips: str
+    guard: Guarded
+    window: int
+    request_timeout_s: float
+
+
+class PictureWork:
+    """One replica of the heavy work on pictures."""
+
+    def __init__(self, root: str, model_ref: str, window: int) -> None:
+        self.work = LocalVisionWork(load_embedder(root, model_ref), window)
+        self.embedder = self.work.embedder
+
+    async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+        """See VisionWork."""
+        return await self.work.maps(images, queries_CE)
+
+    async def caption(self, image: bytes) -> str:
+        """See VisionWork."""
+        return await self.work.caption(image)
+
+    async def check_health(self) -> None:
+        """Encode one picture; Serve replaces a replica for which this raises or hangs."""
+        size = self.embedder.image_size
+        await asyncio.to_thread(self.embedder.embed_images, [np.zeros((size, size, 3), dtype=np.uint8)])
+
+
+class RemotePictureWork:
+    """`VisionWork` through Serve's handle to PictureWork."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+        """See VisionWork."""
+        return await self._handle.maps.remote(list(images), queries_CE)
+
+    async def caption(self, image: bytes) -> str:
+        """See VisionWork."""
+        return await self._handle.caption.remote(image)
+
+
+class Gateway:
+    """One replica of the HTTP application with its embedder and index."""
+
+    def __init__(self, served: Served, picture_work: Any) -> None:
+        retrieval = Retrieval(served.cluster, served.model, served.index, served.chips)
+        vision: VisionWork = RemotePictureWork(picture_work)
+
+        @serve.batch(max_batch_size=MAX_TEXT_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
+        async def encode(texts: list[str]) -> list[np.ndarray]:
+            return list(await asyncio.to_thread(retrieval.embedder.embed_texts, texts))
+
+        self.services = Services(retrieval, Tiles(retrieval.catalogue), encode, vision)
+        self.guard = served.guard
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve in the replica, after the constructor: an application with open readers is not pickled."""
+        return build_app(self.services, self.guard)
+
+    async def check_health(self) -> None:
+        """Encode one text; Serve replaces a replica for which this raises or hangs."""
+        await self.services.check()
+
+
+def build_application(served: Served) -> serve.Application:
+    """The two deployments bound together, with the resources of the cluster file."""
+    placement = served.cluster.serve
+    options: dict[str, Any] = {
+        "num_replicas": placement.num_replicas,
+        "ray_actor_options": {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "health_check_period_s": 10,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": 5,
+    }
+    pictures = serve.deployment(name="pictures", **options)(PictureWork)
+    gateway = serve.deployment(name="gateway", max_queued_requests=MAX_QUEUED_REQUESTS, **options)(
+        serve.ingress()(Gateway)
+    )
+    return gateway.bind(served, pictures.bind(served.cluster.root, served.model, served.window))
+
+
+@contextlib.contextmanager
+def running(served: Served) -> Iterator[str]:
+    """Ray Serve with this application inside the block; yields its base URL once /health answers.
+
+    A port of 0 takes a free one. Everything that was started is stopped at the end: Serve, and Ray if it is ours.
+
+    Raises:
+        ConfigError: an address that others can reach, without API keys.
+        OSError: the port is taken.
+        RuntimeError: the application did not become healthy.
+    """
+    placement = served.cluster.serve
+    check_address(placement.host, served.guard.key_hashes)
+    port = _free_port(placement.host, placement.port)
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    with ray_runtime(served.cluster):
+        http = {"host": placement.host, "port": port, "request_timeout_s": served.request_timeout_s}
+        try:
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http)
+            serve.run(build_application(served), name=APPLICATION, route_prefix="/")
+            base_url = f"http://{placement.host}:{port}"
+            _wait_until_healthy(base_url)
+            yield base_url
+        finally:
+            serve.shutdown()
+
+
+def _free_port(host: str, port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"{host}:{port}: {error.strerror}; stop what listens there or set cluster.serve.port=0"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _wait_until_healthy(base_url: str) -> None:
+    """serve.run returns when replicas run; the proxy learns its routes a moment later."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    answer = "nothing"
+    with httpx.Client(base_url=base_url, timeout=10, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            try:
+                response = client.get("/health")
+                if response.status_code == 200:
+                    return
+                answer = f"{response.status_code} {response.text[:200]}"
+            except httpx.TransportError as error:
+                answer = str(error)
+            threading.Event().wait(0.05)
+    raise RuntimeError(f"{base_url}/health did not become ok within {START_TIMEOUT_S} s; last answer: {answer}")
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, in place of killing the process before it has cleaned up."""
+    stopped = threading.Event()
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in earlier:
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def guard(max_body_bytes: int, max_body_seconds: float) -> Guarded:
+    """Limits of a deployment with the API keys of the environment."""
+    return Guarded(max_body_bytes, max_body_seconds, key_hashes())

@@ -1,0 +1,186 @@
+// The map: the user's scenes as base, footprints of results, the chosen chip's heatmap and peak, the drawn area.
+/* global maplibregl */
+
+const GROUND = { light: "#dfe5e3", dark: "#0b100f" };
+const NOTHING = { type: "FeatureCollection", features: [] };
+const MOVE = matchMedia("(prefers-reduced-motion: reduce)").matches ? { duration: 0 } : { duration: 500 };
+
+// MapLibre writes attributions as HTML; names of sources are data.
+function escaped(text) {
+  const node = document.createElement("span");
+  node.textContent = text;
+  return node.innerHTML;
+}
+
+function polygon(corners, properties) {
+  return { type: "Feature", properties, geometry: { type: "Polygon", coordinates: [[...corners, corners[0]]] } };
+}
+
+function boxCorners([west, south, east, north]) {
+  return [[west, north], [east, north], [east, south], [west, south]];
+}
+
+function around(boxes) {
+  const bounds = new maplibregl.LngLatBounds();
+  for (const [west, south, east, north] of boxes) bounds.extend([west, south]).extend([east, north]);
+  return bounds;
+}
+
+export class MapView {
+  constructor({ onPlace, onArea, onHover, onDrawing }) {
+    this.actions = { onPlace, onArea, onHover, onDrawing };
+    this.isDrawing = false;
+    this.opacity = 0.75;
+    this.map = new maplibregl.Map({
+      container: "map",
+      style: { version: 8, sources: {}, layers: [{ id: "ground", type: "background", paint: { "background-color": GROUND.light } }] },
+      attributionControl: { compact: false },
+      center: [0, 20],
+      zoom: 1,
+      maxZoom: 22,
+      dragRotate: false,
+      touchPitch: false,
+    });
+    this.map.touchZoomRotate.disableRotation();
+    this.map.addControl(new maplibregl.NavigationControl({ showCompass: false }), "top-right");
+    this.map.addControl(new maplibregl.ScaleControl(), "bottom-left");
+    this.loaded = new Promise((resolve) => this.map.once("load", resolve));
+    const peak = document.createElement("div");
+    peak.className = "peak";
+    this.peak = new maplibregl.Marker({ element: peak });
+    this.listen();
+  }
+
+  listen() {
+    const { map } = this;
+    map.on("click", ({ lngLat }) => this.isDrawing || this.justDrew || this.actions.onPlace([lngLat.lng, lngLat.lat]));
+    map.on("mousemove", ({ point }) => {
+      if (this.isDrawing || !map.getLayer("footprints")) return;
+      const [over] = map.queryRenderedFeatures(point, { layers: ["footprints"] });
+      this.hover(over?.properties.chip ?? null);
+      this.actions.onHover(over?.properties.chip ?? null);
+    });
+    for (const [down, move, up] of [["mousedown", "mousemove", "mouseup"], ["touchstart", "touchmove", "touchend"]]) {
+      map.on(down, (event) => this.isDrawing && this.drag(event, move, up));
+    }
+  }
+
+  async showScenes(scenes, theme) {
+    await this.loaded;
+    const { map } = this;
+    for (const scene of scenes) {
+      map.addSource(`scene ${scene.id}`, {
+        type: "raster",
+        tiles: [`${location.origin}/tiles/${encodeURIComponent(scene.id)}/{z}/{x}/{y}.png`],
+        tileSize: 256,
+        bounds: scene.bounds_lonlat,
+        minzoom: scene.min_zoom,
+        maxzoom: scene.max_zoom,
+        attribution: escaped(scene.attribution),
+      });
+      map.addLayer({ id: `scene ${scene.id}`, type: "raster", source: `scene ${scene.id}`, paint: { "raster-fade-duration": 0 } });
+    }
+    const outlines = scenes.map((scene) => polygon(boxCorners(scene.bounds_lonlat), { scene: scene.id }));
+    map.addSource("scenes", { type: "geojson", data: { type: "FeatureCollection", features: outlines } });
+    map.addSource("results", { type: "geojson", data: NOTHING, promoteId: "chip" });
+    map.addSource("area", { type: "geojson", data: NOTHING });
+    const strong = ["any", ["boolean", ["feature-state", "selected"], false], ["boolean", ["feature-state", "hover"], false]];
+    // Far out, scenes are too small to see: their outlines show where they are.
+    map.addLayer({ id: "scenes", type: "line", source: "scenes", maxzoom: 11, paint: { "line-color": "#0f766e", "line-width": 2 } });
+    map.addLayer({ id: "footprints", type: "fill", source: "results", paint: { "fill-color": "#fbbf24", "fill-opacity": ["case", strong, 0.04, 0.14] } });
+    map.addLayer({ id: "footprint lines", type: "line", source: "results", paint: { "line-color": ["case", strong, "#fff7d6", "#fbbf24"], "line-width": ["case", strong, 3.5, 2] } });
+    map.addLayer({ id: "area", type: "line", source: "area", paint: { "line-color": "#38bdf8", "line-width": 2.5, "line-dasharray": [2, 1.5] } });
+    if (scenes.length) map.fitBounds(around(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
+    this.setTheme(theme);
+  }
+
+  setTheme(theme) {
+    if (this.map.getLayer("ground")) this.map.setPaintProperty("ground", "background-color", GROUND[theme]);
+  }
+
+  showResults(results, { fit = false }) {
+    const features = results.map((result) => polygon(result.corners_lonlat, { chip: result.chip_id }));
+    this.map.removeFeatureState({ source: "results" });
+    this.map.getSource("results").setData({ type: "FeatureCollection", features });
+    if (fit && results.length) {
+      this.map.fitBounds(around(results.map((result) => result.bounds_lonlat)), { padding: 70, maxZoom: 17, ...MOVE });
+    }
+  }
+
+  select(result, { move = true } = {}) {
+    const { map } = this;
+    if (this.selected) map.setFeatureState({ source: "results", id: this.selected }, { selected: false });
+    this.selected = result?.chip_id ?? null;
+    if (map.getLayer("heatmap")) map.removeLayer("heatmap");
+    if (map.getSource("heatmap")) map.removeSource("heatmap");
+    this.peak.remove();
+    if (!result) return;
+    map.setFeatureState({ source: "results", id: this.selected }, { selected: true });
+    if (result.heatmap_url) {
+      map.addSource("heatmap", { type: "image", url: location.origin + result.heatmap_url, coordinates: result.corners_lonlat });
+      const paint = { "raster-opacity": this.opacity, "raster-fade-duration": 0 };
+      map.addLayer({ id: "heatmap", type: "raster", source: "heatmap", paint }, "footprints");
+    }
+    if (result.spot?.peak_lonlat) this.peak.setLngLat(result.spot.peak_lonlat).addTo(map);
+    if (move) map.fitBounds(around([result.bounds_lonlat]), { padding: 120, maxZoom: 19, ...MOVE });
+  }
+
+  setOpacity(opacity) {
+    this.opacity = opacity;
+    if (this.map.getLayer("heatmap")) this.map.setPaintProperty("heatmap", "raster-opacity", opacity);
+  }
+
+  hover(chip) {
+    if (chip === this.hovered) return;
+    if (this.hovered) this.map.setFeatureState({ source: "results", id: this.hovered }, { hover: false });
+    if (chip) this.map.setFeatureState({ source: "results", id: chip }, { hover: true });
+    this.hovered = chip;
+  }
+
+  viewBox() {
+    const bounds = this.map.getBounds();
+    const clamp = (value, limit) => Math.max(-limit, Math.min(limit, value));
+    return [clamp(bounds.getWest(), 180), clamp(bounds.getSouth(), 90), clamp(bounds.getEast(), 180), clamp(bounds.getNorth(), 90)];
+  }
+
+  startDrawing() {
+    this.isDrawing = true;
+    this.map.dragPan.disable();
+    this.map.boxZoom.disable();
+    this.map.getContainer().classList.add("drawing");
+    this.actions.onDrawing(true);
+  }
+
+  stopDrawing() {
+    this.isDrawing = false;
+    this.map.dragPan.enable();
+    this.map.boxZoom.enable();
+    this.map.getContainer().classList.remove("drawing");
+    this.actions.onDrawing(false);
+  }
+
+  drag(event, move, up) {
+    event.preventDefault();
+    const start = event.lngLat;
+    let box = null;
+    const onMove = ({ lngLat }) => {
+      box = [Math.min(start.lng, lngLat.lng), Math.min(start.lat, lngLat.lat), Math.max(start.lng, lngLat.lng), Math.max(start.lat, lngLat.lat)];
+      this.showArea(box);
+    };
+    this.map.on(move, onMove);
+    this.map.once(up, () => {
+      this.map.off(move, onMove);
+      if (!this.isDrawing) return; // Escape came first
+      this.stopDrawing();
+      // the click that ends the drag is not a question about that place
+      this.justDrew = true;
+      setTimeout(() => { this.justDrew = false; }, 0);
+      if (box) this.actions.onArea(box);
+    });
+  }
+
+  showArea(bbox) {
+    const features = bbox ? [polygon(boxCorners(bbox), {})] : [];
+    this.map.getSource("area")?.setData({ type: "FeatureCollection", features });
+  }
+}

@@ -1,0 +1,181 @@
+"""The Engine that DeepSpeed runs: ZeRO stages 0 to 3 behind the same calls as PlainEngine. The only module that
+imports deepspeed.
+
+In: a model, our optimizer config and a stage. Its state is the whole model by parameter name, gathered from the
+shards: no pickle of DeepSpeed's, and a checkpoint resumes at any stage, world size, or under PlainEngine.
+Float32 weights. What is given up: sharded checkpoints (a whole state has to fit the first process's host).
+Shapes: B batch, C channels, H W pixels, T tokens.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rsplatform.model.gather import FeatureGather
+from rsplatform.model.mammut import Mammut, MammutOutput
+from rsplatform.train.engine import FIRST_MOMENT, MODEL, NUM_STEPS, SECOND_MOMENT, gather_of_default_group
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizer
+
+_MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+
+
+def deepspeed_config(batch_size: int, config: OptimizerConfig, zero_stage: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, made from ours; `batch_size` is one process's."""
+    return {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        # stage 0 keeps whole gradients, and DeepSpeed tells no norm of them: there we clip
+        "gradient_clipping": config.gradient_clip if zero_stage else 0.0,
+        "zero_optimization": {"stage": zero_stage},
+        # torch's AdamW: DeepSpeed's CPUAdam would compile C++ at run time
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+class DeepSpeedEngine:
+    """One process's part of a model that DeepSpeed shards. Needs a running process group, also for one process.
+
+    Raises:
+        RuntimeError: no process group.
+    """
+
+    def __init__(self, model: Mammut, config: OptimizerConfig, *, batch_size: int, zero_stage: int) -> None:
+        if not torch.distributed.is_initialized():
+            raise RuntimeError("DeepSpeedEngine needs torch.distributed.init_process_group before it")
+        # read at import: without it DeepSpeed looks for an accelerator extension and fails on CPU-only machines
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        os.environ.setdefault("LOCAL_RANK", "0")  # launchers of many processes, Ray Train among them, set it
+        import deepspeed
+
+        # shared-memory collectives would be compiled at run time: not every machine has a C++ compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.gather: FeatureGather | None = gather_of_default_group()
+        self._model = model
+        self._zero_stage = zero_stage
+        self._named = dict(model.named_parameters())
+        self._optimizer = build_optimizer(model, config)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            config=deepspeed_config(batch_size, config, zero_stage),
+            dist_init_required=False,
+        )
+        for moments in self._optimizer.state.values():  # stage 3 warms up with an empty step that would be counted
+            moments["step"].zero_()
+        self._num_steps = 0
+        self._gradient_clip = config.gradient_clip
+
+    @property
+    def model(self) -> Mammut:
+        """The module; under stage 3 its parameters are shards outside of `forward`."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._engine.device
+
+    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
+        """Both passes; stage 3 collects each layer's shards as it goes."""
+        return self._engine(images_BCHW, tokens_BT)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, averaged over processes while they are made."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and update the own shard; returns the norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._zero_stage == 0:
+            norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._gradient_clip))
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
+        self._num_steps += 1
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and moments by parameter name, whole on every process; the same names as PlainEngine's."""
+        tensors = {NUM_STEPS: torch.tensor(float(self._num_steps))}
+        keys = {MODEL: None} | (_MOMENTS if self._num_steps else {})
+        for name, parameter in self._named.items():
+            for prefix, key in keys.items():
+                tensors[prefix + name] = self._whole(parameter, key)
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put weights and moments back into the shards, whatever engine and world size they came from."""
+        self._num_steps = int(tensors[NUM_STEPS])
+        self._make_moments()
+        keys = {MODEL: None} | (_MOMENTS if self._num_steps else {})
+        for name, parameter in self._named.items():
+            for prefix, key in keys.items():
+                self._put(parameter, tensors[prefix + name].to(self.device), key)
+
+    def _whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """A parameter (key None) or one of its moments, gathered from all shards."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._zero_stage == 0:
+            return parameter.detach() if key is None else self._optimizer.state[parameter][key]
+        whole = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None, "DeepSpeed knows no shard of a parameter that it was given"
+        return whole.view(_shape(parameter))
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """The inverse of `_whole`."""
+        from deepspeed import utils
+
+        if self._zero_stage == 0:
+            (parameter if key is None else self._optimizer.state[parameter][key]).copy_(value)
+        elif self._zero_stage == 3:
+            own = self._own_slice(parameter, value)
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, own)
+                vars(parameter)["ds_tensor"].data.copy_(own)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, own, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+            parameter.copy_(value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+
+    def _own_slice(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This process's shard under stage 3: equal parts, the last one padded with zeros."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        numbers = safe_get_local_fp32_param(parameter).numel()
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        padded = torch.zeros(numbers * world_size, dtype=value.dtype, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        return padded[rank * numbers : (rank + 1) * numbers]
+
+    def _make_moments(self) -> None:
+        """AdamW makes its moments in the first step; a resumed engine needs them before it."""
+        sharded = self._engine.optimizer
+        flat = {
+            0: list(self._model.parameters()),
+            1: getattr(sharded, "single_partition_of_fp32_groups", []),
+            2: getattr(sharded, "single_partition_of_fp32_groups", []),
+            3: getattr(sharded, "fp32_partitioned_groups_flat", []),
+        }[self._zero_stage]
+        for partition in flat:
+            self._optimizer.state[partition] = {
+                "step": torch.tensor(float(self._num_steps), device=partition.device),
+                "exp_avg": torch.zeros_like(partition),
+                "exp_avg_sq": torch.zeros_like(partition),
+            }
+        if self._zero_stage in (1, 2):  # lets the parameters find their part of the new moments
+            sharded._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
