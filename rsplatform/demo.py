@@ -65,6 +65,7 @@ class DemoConfig(StageConfig):
     tune: TuneConfig
     localize: LocalizeConfig
     self_train: SelfTrainConfig
+    evaluate_self_trained: EvaluateConfig
     build_index: BuildIndexConfig
     serve: ServeConfig
     checks: DemoChecks
@@ -111,6 +112,7 @@ def _run_stages(config: DemoConfig, cluster: Cluster) -> Iterator[tuple[str, Art
         ("tune", config.tune, tune),
         ("localize", config.localize, localize),
         ("self_train", config.self_train, self_train),
+        ("evaluate_self_trained", config.evaluate_self_trained, evaluate),
     ]
     for name, recipe, front_door in doors:
         if recipe is None:

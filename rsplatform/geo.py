@@ -5,6 +5,7 @@ Bounds are always (west, south, east, north), points always (x, y) or (lon, lat)
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from affine import Affine
 from pyproj import CRS, Geod, Transformer
@@ -59,8 +60,9 @@ class Grid:
         return math.sqrt(height_m * width_m)
 
 
+@lru_cache(maxsize=256)
 def to_lonlat(crs: str) -> Transformer:
-    """Transformer from `crs` to (lon, lat); pyproj keeps a cache of the costly part."""
+    """Transformer from `crs` to (lon, lat); kept, because making one costs milliseconds. Threads may share it."""
     return Transformer.from_crs(CRS.from_user_input(crs), "OGC:CRS84", always_xy=True)
 
 

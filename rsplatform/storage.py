@@ -125,7 +125,7 @@ def gdal_options() -> dict[str, str | int]:
         "GDAL_HTTP_MULTIPLEX": "YES",
         "VSI_CACHE": "TRUE",
         "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-        "GDAL_CACHEMAX": 128,
+        "GDAL_CACHEMAX": 128 * 2**20,  # bytes: 128 would be megabytes to GDAL, but 128 bytes to rasterio.Env
         "GDAL_HTTP_MAX_RETRY": "5",
         "GDAL_HTTP_TIMEOUT": "30",
         "GDAL_NUM_THREADS": "1",

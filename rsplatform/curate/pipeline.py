@@ -158,11 +158,12 @@ def _check_cpus(pipeline: Pipeline, cluster: Cluster) -> None:
 
 def _run_on_ray(pipeline: Pipeline, shards: Sequence[Shard], cluster: Cluster) -> None:
     placement = cluster.data
-    task = {"num_cpus": 1, "memory": placement.memory_per_task_gb * 2**30, "max_retries": MAX_TASK_RETRIES}
+    task: dict[str, Any] = {"num_cpus": 1, "memory": placement.memory_per_task_gb * 2**30, "max_retries": MAX_TASK_RETRIES}
+    writing: dict[str, Any] = task | {"num_cpus": 0.25}
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     # batch_size=None hands over a whole block; no operator below merges or splits blocks
-    whole = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     dataset = dataset.map_batches(_Read(pipeline), **whole, **task)
     for operation in pipeline.operations:
         if isinstance(operation, Loaded):
@@ -176,7 +177,7 @@ def _run_on_ray(pipeline: Pipeline, shards: Sequence[Shard], cluster: Cluster) -
             )
         else:
             dataset = dataset.map_batches(_Task(operation), **whole, **task)
-    dataset = dataset.map_batches(_Write(pipeline), **whole, **(task | {"num_cpus": 0.25}))
+    dataset = dataset.map_batches(_Write(pipeline), **whole, **writing)
     for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass  # the rows are in the part files; this only drives the stream
 

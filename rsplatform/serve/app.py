@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+import ray
+import torch
 from ray import serve
 from ray.serve.config import ProxyLocation
 from starlette.types import ASGIApp
@@ -59,6 +61,7 @@ class PictureWork:
     """One replica of the heavy work on pictures."""
 
     def __init__(self, root: str, model_ref: str, window: int) -> None:
+        _use_own_cores()
         self.work = LocalVisionWork(load_embedder(root, model_ref), window)
         self.embedder = self.work.embedder
 
@@ -95,6 +98,7 @@ class Gateway:
     """One replica of the HTTP application with its embedder and index."""
 
     def __init__(self, served: Served, picture_work: Any) -> None:
+        _use_own_cores()
         retrieval = Retrieval(served.cluster, served.model, served.index, served.chips)
         vision: VisionWork = RemotePictureWork(picture_work)
 
@@ -112,6 +116,12 @@ class Gateway:
     async def check_health(self) -> None:
         """Encode one text; Serve replaces a replica for which this raises or hangs."""
         await self.services.check()
+
+
+def _use_own_cores() -> None:
+    """One Torch thread per whole CPU of this replica: more of them than cores cost 100 × on a busy machine."""
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cpus)))
 
 
 def build_application(served: Served) -> serve.Application:

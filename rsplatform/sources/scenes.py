@@ -132,7 +132,8 @@ def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
     """
     scene_id = PurePosixPath(place).stem
     try:
-        with rasterio.Env(**storage.gdal_options()), rasterio.open(storage.gdal_path(place), driver=DRIVER) as dataset:
+        options: dict[str, Any] = dict(storage.gdal_options())
+        with rasterio.Env(**options), rasterio.open(storage.gdal_path(place), driver=DRIVER) as dataset:
             _check(dataset, source.bands)
             transform = tuple(dataset.transform)[:6]
             grid = Grid(dataset.crs.to_wkt(), transform, dataset.width, dataset.height)
@@ -188,11 +189,11 @@ def _visit(dataset: Any, place: str, bands: tuple[int, ...]) -> Visit:
 def _valid(raw_BHW: np.ndarray, visit: Visit) -> np.ndarray:
     """bool (H, W): where the file has data. Nodata counts where all colours have it."""
     colours_BHW = raw_BHW[[band - 1 for band in visit.bands]]
-    valid_HW = np.isfinite(colours_BHW).all(axis=0)
+    valid_HW = np.asarray(np.isfinite(colours_BHW).all(axis=0))
     if visit.alpha_band is not None:
-        valid_HW &= raw_BHW[visit.alpha_band - 1] > 0
+        valid_HW = valid_HW & (raw_BHW[visit.alpha_band - 1] > 0)
     elif visit.nodata is not None and np.isfinite(visit.nodata):
-        valid_HW &= (colours_BHW != np.array(visit.nodata).astype(raw_BHW.dtype)).any(axis=0)
+        valid_HW = valid_HW & (colours_BHW != np.array(visit.nodata).astype(raw_BHW.dtype)).any(axis=0)
     return valid_HW
 
 

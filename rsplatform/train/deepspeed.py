@@ -58,16 +58,15 @@ class DeepSpeedEngine:
         self._zero_stage = zero_stage
         self._named = dict(model.named_parameters())
         self._optimizer = build_optimizer(model, config)
-        self._engine, *_ = deepspeed.initialize(
+        self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             config=deepspeed_config(batch_size, config, zero_stage),
             dist_init_required=False,
-        )
-        for moments in self._optimizer.state.values():  # stage 3 warms up with an empty step that would be counted
-            moments["step"].zero_()
+        )[0]
         self._num_steps = 0
         self._gradient_clip = config.gradient_clip
+        self._make_moments()
 
     @property
     def model(self) -> Mammut:
@@ -113,7 +112,8 @@ class DeepSpeedEngine:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put weights and moments back into the shards, whatever engine and world size they came from."""
         self._num_steps = int(tensors[NUM_STEPS])
-        self._make_moments()
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(self._num_steps)
         keys = {MODEL: None} | (_MOMENTS if self._num_steps else {})
         for name, parameter in self._named.items():
             for prefix, key in keys.items():
@@ -159,7 +159,8 @@ class DeepSpeedEngine:
         return padded[rank * numbers : (rank + 1) * numbers]
 
     def _make_moments(self) -> None:
-        """AdamW makes its moments in the first step; a resumed engine needs them before it."""
+        """Moments before the first step. AdamW would make them in it, parameter group by group, but DeepSpeed looks
+        for those of all groups after the first group's step, and never again."""
         sharded = self._engine.optimizer
         flat = {
             0: list(self._model.parameters()),
@@ -169,7 +170,7 @@ class DeepSpeedEngine:
         }[self._zero_stage]
         for partition in flat:
             self._optimizer.state[partition] = {
-                "step": torch.tensor(float(self._num_steps), device=partition.device),
+                "step": torch.zeros((), device=partition.device),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
             }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rsplatform.model.losses import LossConfig, mammut_loss
+from rsplatform.model.mammut import Mammut
 from rsplatform.model.preprocess import normalise
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine, mean_over_processes
@@ -57,9 +58,15 @@ class Progress:
 Resume = tuple[Mapping[str, Tensor], Progress]
 
 
+AuxiliaryLoss = Callable[[Mammut, int], tuple[Tensor, dict[str, Tensor]]]
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the loop calls: `report(metrics, step)`, `save(tensors, progress)`, `validate() -> metrics`.
+
+    `auxiliary_loss(model, step) -> (loss, detached parts)` is added to MaMMUT's loss (self-training's patch loss);
+    it runs the module itself, so it is for engines that keep it whole.
 
     Each is called on every process (state and validation are collective); write on rank 0 only.
     """
@@ -67,6 +74,7 @@ class Hooks:
     report: Callable[[dict[str, float], int], None]
     save: Callable[[dict[str, Tensor], Progress], None]
     validate: Callable[[], dict[str, float]] | None = None
+    auxiliary_loss: AuxiliaryLoss | None = None
 
 
 @dataclass
@@ -120,7 +128,7 @@ def fit(
             batch = next(stream)
             data_wait_s = time.perf_counter() - waiting_since
             rate = learning_rate(progress.step)
-            parts = forward_backward(engine, batch, progress.step, config)
+            parts = forward_backward(engine, batch, progress.step, config, hooks.auxiliary_loss)
             elapsed_s = time.perf_counter() - started
             votes = _votes(config, elapsed_s, elapsed_s - last_save_s, engine)
             values, (stops, saves) = _agree(engine, parts, votes)
@@ -164,7 +172,9 @@ def _advance(progress: Progress, elapsed_s: float, config: LoopConfig, stops: bo
     return Progress(step, elapsed_s, stopped)
 
 
-def forward_backward(engine: Engine, batch: Batch, step: int, config: LoopConfig) -> dict[str, Tensor]:
+def forward_backward(
+    engine: Engine, batch: Batch, step: int, config: LoopConfig, auxiliary_loss: AuxiliaryLoss | None = None
+) -> dict[str, Tensor]:
     """Loss and gradients of one batch; returns the detached parts of the loss."""
     rank = engine.gather.rank if engine.gather else 0
     # counter-based: the state of every random draw in the model is (seed, step, rank), so nothing needs saving
@@ -176,6 +186,9 @@ def forward_backward(engine: Engine, batch: Batch, step: int, config: LoopConfig
     with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=is_bfloat16):
         output = engine.forward(images_BCHW, tokens_BT)
     loss, parts = mammut_loss(output, tokens_BT, config.loss, engine.gather)
+    if auxiliary_loss:
+        extra, extra_parts = auxiliary_loss(engine.model, step)
+        loss, parts = loss + extra, parts | extra_parts | {"loss": (loss + extra).detach()}
     engine.backward(loss)
     return parts
 

@@ -28,7 +28,7 @@ def config_class_of(job: str) -> type[StageConfig]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_recipes_are_valid_for_their_job(path: Path) -> None:
     config = load_config(config_class_of(path.parent.name), path)
-    assert config.pipeline == f"demo-{path.stem}"
+    assert config.pipeline == f"demo-{path.stem.split('_')[0]}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")

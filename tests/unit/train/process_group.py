@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-
 from safetensors.torch import load_file, save_file
 
 

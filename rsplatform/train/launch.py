@@ -1,0 +1,161 @@
+"""Front door `pretrain`: a dataset artifact in, a model artifact out, through Ray Train or in this process.
+
+Makes the tokenizer, starts the workers of the placement, exports the final weights. Ray restarts dead workers;
+which step they go on from is decided by our checkpoints. The loop itself is in pretrain.py.
+"""
+
+import logging
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from rsplatform import storage
+from rsplatform.artifacts import Artifact
+from rsplatform.cluster import Cluster
+from rsplatform.dataset.store import SampleStore
+from rsplatform.model.tokenizer import Tokenizer
+from rsplatform.model.weights import TOKENIZER_FILE, model_from_tensors, save_model
+from rsplatform.runtime import ray_runtime
+from rsplatform.stage import Stage, finished, open_stage
+from rsplatform.train.engine import MODEL
+from rsplatform.train.pretrain import EMA, Progress, TrainingDivergedError
+from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.worker import (
+    WorkerJob,
+    initial_model,
+    load_tokenizer,
+    ray_train_worker,
+    read_history,
+    run_worker,
+)
+
+logger = logging.getLogger("rsplatform.train")
+
+
+def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
+    """Train a MaMMUT on a dataset, from scratch or from a model artifact."""
+    done = finished(config, cluster)
+    if done:
+        return done
+    with open_stage(config, cluster) as stage:
+        prepare_tokenizer(config, cluster, stage.artifact.uri)
+        job = WorkerJob(config, cluster.root, stage.artifact.uri, cluster.train, stage.run)
+        progress = launch(job, cluster)
+        export_model(job)
+        _describe(stage, config, progress)
+    return stage.artifact
+
+
+def prepare_tokenizer(config: PretrainConfig, cluster: Cluster, folder: str) -> None:
+    """Put the run's tokenizer below `folder`: the one named, `start_from`'s, or one trained on the dataset's captions."""
+    target = f"{folder}/tokenizer/{TOKENIZER_FILE}"
+    if storage.exists(target):
+        return
+    if config.start_from is not None:
+        data = storage.read_bytes(f"{cluster.root}/{config.start_from}/model/{TOKENIZER_FILE}")
+    elif config.tokenizer is not None:
+        data = storage.read_bytes(cluster.resolve(config.tokenizer))
+    else:
+        assert config.model is not None, "the recipe's validator demands one of model and start_from"
+        captions = SampleStore(cluster.root, config.dataset, config.split).all_captions()
+        tokenizer = Tokenizer.train(captions, config.model.mammut_config().text.vocab_size)
+        logger.info("tokenizer: %d tokens from %d captions", tokenizer.vocab_size, len(captions))
+        data = tokenizer.to_json().encode()
+    storage.write_bytes(target, data)
+
+
+def launch(job: WorkerJob, cluster: Cluster) -> Progress:
+    """Run the workers of `job` where its placement says, to the end.
+
+    Raises:
+        TrainingDivergedError: the loss or the gradient is not finite.
+        ray.train.TrainingFailedError: workers died more often than `max_failures`.
+    """
+    if job.placement.launcher == "local":
+        return run_worker(job)
+    with ray_runtime(cluster):
+        outcome = _ray_train(job)
+    if "diverged" in outcome:
+        raise TrainingDivergedError(outcome["diverged"])
+    return Progress(**outcome)
+
+
+def _ray_train(job: WorkerJob) -> dict[str, Any]:
+    placement = job.placement
+    # a work folder per start: Ray keeps no state of ours there, and its own restore stays out of exact resume
+    system, path = storage.filesystem(f"{job.folder}/work/ray_train")
+    system.create_dir(path)
+    resources = {"CPU": placement.cpus_per_worker}
+    if placement.gpus_per_worker > 0:
+        resources["GPU"] = placement.gpus_per_worker
+    trainer = TorchTrainer(
+        ray_train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_workers,
+            use_gpu=placement.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=f"start-{uuid.uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=system,
+            failure_config=FailureConfig(max_failures=placement.max_failures),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    finally:
+        system.delete_dir(path)
+    return outcome or {}
+
+
+def export_model(job: WorkerJob) -> None:
+    """Write model/ from the last checkpoint: the moving average of the weights if there is one, else the weights."""
+    saved = job.checkpoints.latest()
+    if saved is None:
+        raise RuntimeError(f"{job.checkpoints.uri}: training ended without a checkpoint")
+    tensors, _ = saved
+    prefix = EMA if job.config.ema_decay is not None else MODEL
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    config = initial_model(job.config, job.root).config
+    model = model_from_tensors(config, weights, job.checkpoints.uri)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder), model, load_tokenizer(job.folder))
+        storage.upload_folder(Path(folder), f"{job.folder}/model")
+
+
+def _describe(stage: Stage, config: PretrainConfig, progress: Progress) -> None:
+    history = read_history(stage.artifact.uri)
+    last: dict[str, float] = {}
+    for row in history:
+        last |= row
+    stage.log({f"final/{name}": value for name, value in last.items() if name != "step"}, progress.step)
+    stage.log({"training_minutes": progress.elapsed_s / 60}, progress.step)
+    stage.counts = {
+        "steps": progress.step,
+        "samples_seen": progress.step * config.batch_size,
+        "stopped_early": int(bool(progress.stopped)),
+    }
+    if progress.stopped:
+        logger.warning("%s: %s", config.output, progress.stopped)
+        stage.run.set_tags({"stopped_early": progress.stopped})
+    stage.run.log_picture(loss_figure(history), "loss.png")
+
+
+def loss_figure(history: list[dict[str, float]]) -> Figure:
+    """Loss parts over steps, training and held-out."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for name in ("loss", "contrastive", "caption", "val_contrastive", "val_caption"):
+        rows = [(row["step"], row[name]) for row in history if name in row]
+        if rows:
+            axes.plot(*zip(*rows, strict=True), label=name, marker="." if name.startswith("val") else None)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure

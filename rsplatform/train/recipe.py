@@ -1,0 +1,101 @@
+"""The recipe of a pretraining run: composes the frozen configs of model, loss, optimizer and loop, checked at load.
+
+In: a YAML's values. Out: `PretrainConfig`, and the model, loader and loop settings that follow from it.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rsplatform.cluster import TrainPlacement
+from rsplatform.config import Config, InputArtifact, InputPath, StageConfig
+from rsplatform.model.losses import LossConfig
+from rsplatform.model.mammut import MammutConfig, mammut_config
+from rsplatform.train.batch import Augmentation
+from rsplatform.train.curriculum import Curriculum, Phase
+from rsplatform.train.loader import LoaderConfig
+from rsplatform.train.optimizer import OptimizerConfig
+from rsplatform.train.pretrain import LoopConfig
+
+
+class ModelRecipe(Config):
+    """A named size and what differs from it: any setting of `mammut_config`, e.g. image_size, vocab_size."""
+
+    size: Literal["mini", "tiny", "small", "so400m"] = "tiny"
+    settings: dict[str, int | float | str | bool] = {}
+
+    @model_validator(mode="after")
+    def _settings_exist(self) -> "ModelRecipe":
+        self.mammut_config()
+        return self
+
+    def mammut_config(self) -> MammutConfig:
+        """The whole model's config."""
+        settings: dict[str, Any] = dict(self.settings)
+        return mammut_config(self.size, **settings)
+
+
+class PretrainConfig(StageConfig):
+    """What to train on what, for how long. `start_from` continues a model artifact: its weights, sizes and tokenizer."""
+
+    dataset: InputArtifact
+    split: str = "train"
+    validation_split: str | None = None
+    seed: int = Field(default=0, ge=0)
+    model: ModelRecipe | None = None
+    start_from: InputArtifact | None = None
+    tokenizer: InputPath | None = None
+    batch_size: int = Field(ge=2)
+    phases: list[Phase] = Field(min_length=1)
+    augmentation: Augmentation = Augmentation()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    cache_gb: float = Field(default=0.0, ge=0)
+    report_every_steps: int = Field(default=10, ge=1)
+    validate_every_steps: int | None = Field(default=None, ge=1)
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "PretrainConfig":
+        if (self.model is None) == (self.start_from is None):
+            raise ValueError("give either `model` (train from scratch) or `start_from` (continue a model artifact)")
+        if self.start_from is not None and self.tokenizer is not None:
+            raise ValueError("`start_from` brings its own tokenizer; leave `tokenizer` out")
+        if self.validate_every_steps is not None and self.validation_split is None:
+            raise ValueError("validate_every_steps needs a validation_split, e.g. val")
+        return self
+
+    @property
+    def curriculum(self) -> Curriculum:
+        """The phases in order."""
+        return Curriculum(tuple(self.phases))
+
+    def loop_config(self, placement: TrainPlacement) -> LoopConfig:
+        """Settings of the loop; how often a checkpoint is due by the clock is a matter of the place."""
+        return LoopConfig(
+            num_steps=self.curriculum.num_steps,
+            seed=self.seed,
+            loss=self.loss,
+            precision=self.precision,
+            ema_decay=self.ema_decay,
+            max_minutes=self.max_minutes,
+            report_every_steps=self.report_every_steps,
+            checkpoint_every_steps=self.checkpoint_every_steps,
+            checkpoint_every_minutes=placement.checkpoint_every_minutes,
+            validate_every_steps=self.validate_every_steps,
+        )
+
+    def loader_config(self, model: MammutConfig, decode_threads: int) -> LoaderConfig:
+        """Settings of the loader of training batches."""
+        return LoaderConfig(
+            image_size=model.vision.image_size,
+            context_length=model.text.context_length,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            cache_gb=self.cache_gb,
+            decode_threads=decode_threads,
+        )

@@ -1,0 +1,199 @@
+"""What every training worker runs, inside Ray Train or alone in this process: data, engine, loop, checkpoints.
+
+In: a picklable `WorkerJob`. Out: checkpoints and history.json below the job's folder, metrics in its MLflow run.
+Started again after a crash it goes on from the newest checkpoint. Exporting the model is the launcher's work.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rsplatform import storage
+from rsplatform.cluster import TrainPlacement
+from rsplatform.dataset.store import SampleStore
+from rsplatform.model.mammut import Mammut
+from rsplatform.model.tokenizer import Tokenizer
+from rsplatform.model.weights import TOKENIZER_FILE, load_model
+from rsplatform.tracking import Run
+from rsplatform.train.batch import NO_AUGMENTATION
+from rsplatform.train.checkpoint import CheckpointFolder
+from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.loader import Loader, LoaderConfig, Share
+from rsplatform.train.pretrain import Hooks, Progress, TrainingDivergedError, fit
+from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.validate import validation_losses
+
+LOG_EVERY_SECONDS = 10
+# Enough held-out samples for a steady loss, few enough to cost a small part of the training.
+VALIDATION_SAMPLES = 1024
+
+logger = logging.getLogger("rsplatform.train")
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """One training run as its workers see it. `folder` is where tokenizer/, checkpoints/ and history.json lie."""
+
+    config: PretrainConfig
+    root: str
+    folder: str
+    placement: TrainPlacement
+    run: Run | None = None
+    on_report: Callable[[Mapping[str, float], int], None] | None = None
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """The run's checkpoints."""
+        return CheckpointFolder(f"{self.folder}/checkpoints", self.config.keep_checkpoints)
+
+
+def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """`run_worker` as Ray Train calls it. A divergence is an answer, not a failure: a restart would meet it again."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        progress = run_worker(loop_config["job"])
+    except TrainingDivergedError as error:
+        return {"diverged": str(error)}
+    return {"step": progress.step, "elapsed_s": progress.elapsed_s, "stopped": progress.stopped}
+
+
+def run_worker(job: WorkerJob) -> Progress:
+    """Train this process's part of `job` to the end, from its newest checkpoint if there is one.
+
+    Raises:
+        TrainingDivergedError: the loss or the gradient is not finite.
+    """
+    torch.set_num_threads(max(1, round(job.placement.cpus_per_worker)))
+    with _process_group(job.placement):
+        gather = gather_of_default_group()
+        share = Share(gather.rank, gather.world_size) if gather else Share()
+        tokenizer = load_tokenizer(job.folder)
+        engine = _engine(job, initial_model(job.config, job.root), share)
+        config = job.config.loader_config(engine.model.config, job.placement.decode_threads)
+        store = SampleStore(job.root, job.config.dataset, job.config.split)
+        plan = job.config.curriculum.plan(store.tables, store.weights, job.config.batch_size, job.config.seed)
+        loader = Loader(store, tokenizer, plan, config, share)
+        resume = job.checkpoints.latest()
+        recorder = Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0)
+        hooks = Hooks(recorder.report, recorder.save, _validation(job, engine, tokenizer, config))
+        return fit(
+            engine,
+            loader.batches,
+            job.config.curriculum.learning_rate,
+            job.config.loop_config(job.placement),
+            hooks,
+            resume,
+        )
+
+
+def initial_model(config: PretrainConfig, root: str) -> Mammut:
+    """The model before its first step: seeded, or the weights of the artifact that `start_from` names."""
+    if config.start_from is not None:
+        model, _ = load_model(storage.local_folder(f"{root}/{config.start_from}/model"))
+        return model.train()
+    assert config.model is not None, "the recipe's validator demands one of model and start_from"
+    torch.manual_seed(config.seed)
+    return Mammut(config.model.mammut_config())
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer that the launcher put into the job's folder."""
+    return Tokenizer.load(storage.local_folder(f"{folder}/tokenizer") / TOKENIZER_FILE)
+
+
+class Recorder:
+    """The loop's reports and checkpoints, written by the first process only."""
+
+    def __init__(self, job: WorkerJob, *, is_first: bool, from_step: int) -> None:
+        self.job = job
+        self.is_first = is_first
+        self.history = [row for row in read_history(job.folder) if row["step"] <= from_step]
+        self._last_line = 0.0
+
+    def report(self, metrics: dict[str, float], step: int) -> None:
+        """Metrics to MLflow, to the history and, every 10 seconds, to the log."""
+        if not self.is_first:
+            return
+        self.history.append({"step": step, **metrics})
+        if self.job.run is not None:
+            self.job.run.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step)
+        if self.job.on_report is not None:
+            self.job.on_report(metrics, step)
+        num_steps = self.job.config.curriculum.num_steps
+        if "loss" in metrics and (step == num_steps or time.monotonic() - self._last_line > LOG_EVERY_SECONDS):
+            self._last_line = time.monotonic()
+            logger.info(
+                "step %d/%d  loss %.3f (contrastive %.3f, caption %.3f)  %.1f samples/s  data wait %.1f %%",
+                *(step, num_steps, metrics["loss"], metrics["contrastive"], metrics["caption"]),
+                *(metrics["samples_per_s"], 100 * metrics["data_wait_fraction"]),
+            )
+
+    def save(self, tensors: Mapping[str, torch.Tensor], progress: Progress) -> None:
+        """The history first, so that it is never shorter than its checkpoint."""
+        if self.is_first:
+            storage.write_json(f"{self.job.folder}/history.json", self.history)
+            self.job.checkpoints.save(tensors, progress)
+
+
+def read_history(folder: str) -> list[dict[str, float]]:
+    """Rows of metrics that a run has reported, in order; empty before its first checkpoint."""
+    path = f"{folder}/history.json"
+    return storage.read_json(path) if storage.exists(path) else []
+
+
+def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
+    if job.placement.gpus_per_worker > 0:
+        model = model.to("cuda")
+    if job.placement.engine == "plain":
+        return PlainEngine(model, job.config.optimizer, gather_of_default_group())
+    # imported here: DeepSpeed takes seconds to import, which plain runs should not pay
+    from rsplatform.train.deepspeed import DeepSpeedEngine
+
+    if job.config.ema_decay is not None and job.placement.zero_stage == 3:
+        raise ValueError("ema_decay averages whole weights, which ZeRO stage 3 shards; use zero_stage 2 or no EMA")
+    return DeepSpeedEngine(
+        model,
+        job.config.optimizer,
+        batch_size=job.config.batch_size // share.world_size,
+        zero_stage=job.placement.zero_stage,
+    )
+
+
+def _validation(
+    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig
+) -> Callable[[], dict[str, float]] | None:
+    if job.config.validation_split is None:
+        return None
+    store = SampleStore(job.root, job.config.dataset, job.config.validation_split)
+    batch_size = min(job.config.batch_size, len(store))
+    num_batches = min(len(store), VALIDATION_SAMPLES) // batch_size
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0)).numpy()
+    settings = LoaderConfig(
+        config.image_size,
+        config.context_length,
+        augmentation=NO_AUGMENTATION,
+        cache_gb=config.cache_gb,
+        decode_threads=config.decode_threads,
+    )
+    loader = Loader(store, tokenizer, lambda step: order[step * batch_size : (step + 1) * batch_size], settings)
+    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss)
+
+
+@contextlib.contextmanager
+def _process_group(placement: TrainPlacement) -> Iterator[None]:
+    """Ray Train makes the group of its workers; DeepSpeed alone in this process needs one of its own."""
+    if dist.is_initialized() or placement.engine == "plain":
+        yield
+        return
+    backend = "nccl" if placement.gpus_per_worker > 0 else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
