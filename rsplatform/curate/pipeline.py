@@ -97,6 +97,13 @@ def run_plain(pipeline: Pipeline, shards: Sequence[Shard]) -> dict[str, Any]:
     return commit(pipeline, shards)
 
 
+def replace_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    """The table with one column set, or added."""
+    if name in table.column_names:
+        return table.set_column(table.column_names.index(name), name, values)
+    return table.append_column(name, values)
+
+
 def commit(pipeline: Pipeline, shards: Sequence[Shard]) -> dict[str, Any]:
     """Make the fragments that the part files name one table version; nothing else ever becomes visible."""
     parts = [storage.read_json(_part_uri(pipeline, shard["shard"])) for shard in shards]
@@ -158,7 +165,11 @@ def _check_cpus(pipeline: Pipeline, cluster: Cluster) -> None:
 
 def _run_on_ray(pipeline: Pipeline, shards: Sequence[Shard], cluster: Cluster) -> None:
     placement = cluster.data
-    task: dict[str, Any] = {"num_cpus": 1, "memory": placement.memory_per_task_gb * 2**30, "max_retries": MAX_TASK_RETRIES}
+    task: dict[str, Any] = {
+        "num_cpus": 1,
+        "memory": placement.memory_per_task_gb * 2**30,
+        "max_retries": MAX_TASK_RETRIES,
+    }
     writing: dict[str, Any] = task | {"num_cpus": 0.25}
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -179,7 +179,9 @@ def _polygons(geometries: np.ndarray, widths_m: np.ndarray) -> np.ndarray:
     wide = np.where(shapely.get_dimensions(in_metres) == 0, round_, wide)
     repaired[is_thin] = _scaled(wide, shrink[is_thin], 1 / METRES_PER_DEGREE)
     # make_valid may leave lines and points beside the polygons of a broken one
-    return np.where(shapely.area(repaired) > 0, shapely.buffer(repaired, 0), shapely.Polygon())
+    polygons = np.asarray(shapely.buffer(repaired, 0), dtype=object)
+    polygons[np.asarray(shapely.area(polygons)) <= 0] = None
+    return polygons
 
 
 def _scaled(geometries: np.ndarray, shrink: np.ndarray, factor: float) -> np.ndarray:
@@ -203,10 +205,10 @@ class LandmarkIndex:
         A landmark counts if its part inside the chip covers at least `min_area_fraction` of the chip.
         """
         visible: list[list[VisibleLandmark]] = [[] for _ in corners_lonlat]
-        chips = shapely.polygons(corners_lonlat)
+        chips = np.asarray(shapely.polygons(corners_lonlat), dtype=object)
         chip_index, landmark_index = self._tree.query(chips, predicate="intersects")
-        parts = shapely.intersection(self._geometries[landmark_index], chips[chip_index])
-        fractions = shapely.area(parts) / shapely.area(chips)[chip_index]
+        parts = np.asarray(shapely.intersection(self._geometries[landmark_index], chips[chip_index]), dtype=object)
+        fractions = np.asarray(shapely.area(parts)) / np.asarray(shapely.area(chips))[chip_index]
         large = fractions >= min_area_fraction
         centres = shapely.get_coordinates(shapely.centroid(parts[large]))
         rows = zip(chip_index[large], landmark_index[large], fractions[large], centres, strict=True)

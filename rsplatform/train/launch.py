@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
 
 
 def prepare_tokenizer(config: PretrainConfig, cluster: Cluster, folder: str) -> None:
-    """Put the run's tokenizer below `folder`: the one named, `start_from`'s, or one trained on the dataset's captions."""
+    """Put the run's tokenizer below `folder`: the named one, `start_from`'s, or one trained on the captions."""
     target = f"{folder}/tokenizer/{TOKENIZER_FILE}"
     if storage.exists(target):
         return

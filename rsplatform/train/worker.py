@@ -6,6 +6,7 @@ Started again after a crash it goes on from the newest checkpoint. Exporting the
 
 import contextlib
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -192,8 +193,9 @@ def _process_group(placement: TrainPlacement) -> Iterator[None]:
         yield
         return
     backend = "nccl" if placement.gpus_per_worker > 0 else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

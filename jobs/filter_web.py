@@ -1,0 +1,8 @@
+#!/usr/bin/env python
+"""Job: see the front door's docstring, or run it without arguments."""
+
+from rsplatform.cli import run_job
+from rsplatform.curate.filter_web import FilterWebConfig, filter_web
+
+if __name__ == "__main__":
+    run_job("filter_web", FilterWebConfig, filter_web, "configs/filter_web/world.yaml cluster/local.yaml")

@@ -1,0 +1,8 @@
+#!/usr/bin/env python
+"""Job: see the front door's docstring, or run it without arguments."""
+
+from rsplatform.cli import run_job
+from rsplatform.curate.chips import IngestScenesConfig, ingest_scenes
+
+if __name__ == "__main__":
+    run_job("ingest_scenes", IngestScenesConfig, ingest_scenes, "configs/ingest_scenes/world.yaml cluster/local.yaml")

@@ -1,0 +1,8 @@
+#!/usr/bin/env python
+"""Search a pretraining recipe's fields and write the best recipe."""
+
+from rsplatform.cli import run_job
+from rsplatform.train.sweep import TuneConfig, tune
+
+if __name__ == "__main__":
+    run_job("tune", TuneConfig, tune, "configs/tune/world.yaml cluster/local.yaml num_trials=4")

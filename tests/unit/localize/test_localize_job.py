@@ -1,0 +1,157 @@
+"""The localize and self-training jobs on a small random model: files, ledger, resume, and no mask in reach."""
+
+import json
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+import rasterio
+import tiny_service
+import torch
+
+from rsplatform import storage
+from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError
+from rsplatform.geo import Grid
+from rsplatform.ledger import read_drops
+from rsplatform.localize.run import LocalizeConfig, Sought, localize, resampled
+from rsplatform.localize.self_train import SelfTrainConfig, self_train
+from rsplatform.localize.teacher import view_maps
+from rsplatform.model.embedder import Embedder
+from rsplatform.records import CHIP_SCHEMA, SAMPLE_SCHEMA
+from rsplatform.sources.scenes import SceneSource, describe_scene
+
+CLASSES = [Sought(name="stadium", prompts=["a stadium"]), Sought(name="harbour", prompts=["harbour and water"])]
+BACKGROUND = ["an aerial image of a field"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """A root with a random model, and a folder of one good scene, one truncated and one without CRS."""
+    root = tmp_path_factory.mktemp("root")
+    tiny_service.make_artifacts(str(root))
+    scenes = root / "scenes"
+    whole = (scenes / f"{tiny_service.SCENE}.tif").read_bytes()
+    (scenes / "broken.tif").write_bytes(whole[: len(whole) // 3])
+    profile = {"driver": "GTiff", "width": 64, "height": 64, "count": 3, "dtype": "uint8"}
+    with rasterio.open(scenes / "lost.tif", "w", **profile) as raster:
+        raster.write(np.zeros((3, 64, 64), np.uint8))
+    return Cluster(root=str(root), data_root=str(root))
+
+
+def config(**changes: object) -> LocalizeConfig:
+    values = {
+        "output": "localization/a/v1",
+        "model": tiny_service.MODEL,
+        "scenes": SceneSource(path="scenes"),
+        "classes": CLASSES,
+        "background_prompts": BACKGROUND,
+        "ground_sample_distance_m": 4.0,
+        "min_area_m2": 0.0,
+    }
+    return LocalizeConfig.model_validate(values | changes)
+
+
+def test_maps_are_georeferenced_and_bad_scenes_have_a_reason(cluster: Cluster) -> None:
+    artifact = localize(config(), cluster)
+    manifest = artifact.manifest()
+    assert manifest["counts"]["inputs"] == 3
+    assert manifest["counts"]["kept"] == 1
+    reasons = {Path(row["id"]).name: row["reason"] for row in read_drops(artifact).to_pylist()}
+    assert reasons["lost.tif"] == "no_crs"
+    assert reasons["broken.tif"] == "unreadable"
+    with (
+        rasterio.open(artifact.path(f"{tiny_service.SCENE}_scores.tif")) as scores,
+        rasterio.open(artifact.path(f"{tiny_service.SCENE}_mask.tif")) as mask,
+        rasterio.open(Path(cluster.root) / "scenes" / f"{tiny_service.SCENE}.tif") as scene,
+    ):
+        assert scores.count == len(CLASSES) + len(BACKGROUND)
+        assert mask.res == (4.0, 4.0)
+        np.testing.assert_allclose(mask.bounds, scene.bounds, atol=1e-6)
+        assert set(np.unique(mask.read(1))) <= {0, 1, 2}
+    polygons = json.loads(storage.read_bytes(artifact.path(f"{tiny_service.SCENE}.geojson")))["features"]
+    assert len(polygons) == manifest["metrics"]["regions"]
+    assert all(feature["properties"]["area_m2"] > 0 for feature in polygons)
+
+
+def test_no_usable_scene_is_an_error(cluster: Cluster) -> None:
+    with pytest.raises(ValueError, match="no usable scene among 1: no_crs"):
+        localize(config(output="localization/b/v1", scenes=SceneSource(path="scenes", pattern="lost.tif")), cluster)
+    with pytest.raises(ConfigError, match=r"\*\.jp2"):
+        localize(config(output="localization/c/v1", scenes=SceneSource(path="scenes", pattern="*.jp2")), cluster)
+
+
+@pytest.mark.parametrize("ground_sample_distance_m", [1.5, 2.0, 4.7])
+def test_windows_of_a_resampled_scene_meet_without_seams(cluster: Cluster, ground_sample_distance_m: float) -> None:
+    place = str(Path(cluster.root) / "scenes" / f"{tiny_service.SCENE}.tif")
+    reader, grid = resampled(describe_scene(place, place, SceneSource(path=place)), ground_sample_distance_m)
+    assert isinstance(grid, Grid)
+    whole = reader.read_window(0, 0, reader.height_px, reader.width_px).astype(int)
+    part = reader.read_window(11, 23, 40, 50).astype(int)
+    assert np.abs(part - whole[11:51, 23:73]).max() <= 1  # rounding of the box's corner to float32
+    assert grid.ground_sample_distance_m() == pytest.approx(ground_sample_distance_m, rel=0.02)
+
+
+def test_views_are_turned_back_into_the_pictures_own_frame(cluster: Cluster) -> None:
+    """A picture that is its own mirror image in both axes gives the same map in every view."""
+    embedder = Embedder.load(Path(cluster.root) / tiny_service.MODEL / "model")
+    quarter = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    half = np.concatenate([quarter, quarter[::-1]])
+    symmetric = np.concatenate([half, half[:, ::-1]], axis=1)
+    texts = torch.from_numpy(embedder.embed_texts(["a stadium", "harbour and water"]))
+    maps_VBPHW = view_maps(embedder, torch.from_numpy(symmetric[None].copy()), texts, 3)
+    assert torch.equal(maps_VBPHW[0], maps_VBPHW[1].flip(-2))
+    assert maps_VBPHW.shape == (4, 1, 2, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def course(cluster: Cluster) -> SelfTrainConfig:
+    """Chips and a dataset of random pictures: the root holds no mask of any kind."""
+    rng = np.random.default_rng(1)
+    ids = [f"chip-{i}" for i in range(40)]
+    images = [tiny_service.jpeg(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in ids]
+    rows = [{"id": i, "image": image, "split": "train"} for i, image in zip(ids, images, strict=True)]
+    samples = [
+        {"id": i, "table": "chips/plain/v1", "row": n, "captions": ["a stadium"], "split": "train", "weight": 1.0}
+        for n, i in enumerate(ids)
+    ]
+    for ref, table, schema, values in (
+        ("chips/plain/v1", "chips.lance", CHIP_SCHEMA, rows),
+        ("dataset/plain/v1", "samples.lance", SAMPLE_SCHEMA, samples),
+    ):
+        lance.write_dataset(pa.Table.from_pylist(values, schema=schema), f"{cluster.root}/{ref}/{table}")
+        tiny_service.finish(cluster.root, ref)
+    return SelfTrainConfig(
+        output="model/taught/v1",
+        model=tiny_service.MODEL,
+        dataset="dataset/plain/v1",
+        chips="chips/plain/v1",
+        classes=CLASSES,
+        background_prompts=BACKGROUND,
+        rounds=2,
+        steps_per_round=3,
+        batch_size=8,
+    )
+
+
+def test_rounds_run_without_any_mask_and_stop_when_agreement_falls(cluster: Cluster, course: SelfTrainConfig) -> None:
+    artifact = self_train(course, cluster)
+    history = storage.read_json(artifact.path("rounds.json"))
+    assert 1 <= len(history) <= 2
+    for entry in history:
+        assert entry["kept"] == (entry["held_out_agreement"] >= entry["held_out_agreement_before"])
+    assert all(entry["kept"] for entry in history[:-1])  # the first fall is the last round
+    counts = artifact.manifest()["counts"]
+    assert counts["inputs"] == counts["kept"] + sum(counts["dropped"].values()) == len(history)
+    taught = Embedder.load(artifact.path("model"))
+    untaught = Embedder.load(Path(cluster.root) / tiny_service.MODEL / "model")
+    assert (taught.model_hash != untaught.model_hash) == any(entry["kept"] for entry in history)
+    assert not list(Path(cluster.root).rglob("*mask*.png"))
+
+
+def test_self_training_is_deterministic(cluster: Cluster, course: SelfTrainConfig) -> None:
+    again = self_train(course.model_copy(update={"output": "model/taught/v2"}), cluster)
+    first = storage.read_json(f"{cluster.root}/model/taught/v1/rounds.json")
+    assert storage.read_json(again.path("rounds.json")) == first
