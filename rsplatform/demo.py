@@ -25,8 +25,8 @@ from rsplatform.index.build import BuildIndexConfig, build_index
 from rsplatform.localize.run import LocalizeConfig, localize
 from rsplatform.localize.self_train import SelfTrainConfig, self_train
 from rsplatform.runtime import ray_runtime
-from rsplatform.serve.app import ServeConfig, serving
 from rsplatform.serve.client import Client
+from rsplatform.serve.deployment import ServeConfig, serving
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.storage import read_bytes, read_json, write_bytes, write_json
 from rsplatform.train.launch import PretrainConfig, pretrain

@@ -5,41 +5,22 @@ is no usable scene. Captions are the next stage's.
 """
 
 import fnmatch
-import io
-import itertools
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import lance
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import rasterio
-import shapely
-import xarray
 from pydantic import Field, model_validator
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import Config, ConfigError, StageConfig
-from rsplatform.curate.chip_windows import ChipWindow, corners_lonlat, lay_out_chips, resample, to_jpeg
 from rsplatform.curate.contact_sheet import log_contact_sheets, spread
-from rsplatform.curate.pipeline import DROP_FIELDS, Loaded, Pipeline, Shard, replace_column, run_pipeline
+from rsplatform.curate.cut_chips import ChipRecipe, CutChips, JoinLandmarks, landmark_table, windows_of
+from rsplatform.curate.pipeline import Loaded, Pipeline, Shard, run_pipeline
 from rsplatform.ledger import Drop, counts, read_drops, write_drops
 from rsplatform.records import CHIP_SCHEMA, Landmark
-from rsplatform.sources.landmarks import LandmarkIndex, LandmarkSource, VisibleLandmark, read_landmarks
-from rsplatform.sources.scenes import (
-    Scene,
-    SceneError,
-    SceneSource,
-    compose,
-    describe_scene,
-    find_scene_files,
-    open_pixels,
-    read_window,
-    scene_from_json,
-)
+from rsplatform.sources.landmarks import LandmarkSource, read_landmarks
+from rsplatform.sources.scenes import Scene, SceneError, SceneSource, compose, describe_scene, find_scene_files
 from rsplatform.stage import Stage, finished, open_stage
 
 STAGE = "ingest_scenes"
@@ -48,7 +29,6 @@ CATALOGUE = "scenes.json"
 LANDMARKS_FILE = "work/landmarks.parquet"
 # Chips of one shard: large enough to amortise a task, small enough that a retry costs seconds.
 SHARD_CHIPS = 512
-READ_SCHEMA = pa.schema([*CHIP_SCHEMA, *DROP_FIELDS, pa.field("corners_lonlat", pa.list_(pa.float64(), 8))])
 
 
 class CompositeConfig(Config):
@@ -83,9 +63,16 @@ class IngestScenesConfig(StageConfig):
         return self
 
     @property
-    def chip_size_m(self) -> float:
-        """Ground extent of a chip."""
-        return self.chip_size_px * self.ground_sample_distance_m
+    def recipe(self) -> ChipRecipe:
+        """What the workers need to know."""
+        return ChipRecipe(
+            size_px=self.chip_size_px,
+            ground_sample_distance_m=self.ground_sample_distance_m,
+            stride_fraction=self.stride_fraction,
+            max_nodata_fraction=self.max_nodata_fraction,
+            min_landmark_px=self.min_landmark_px,
+            keep_without_landmark=self.keep_without_landmark,
+        )
 
 
 def ingest_scenes(config: IngestScenesConfig, cluster: Cluster) -> Artifact:
@@ -120,8 +107,8 @@ def _scenes(config: IngestScenesConfig, cluster: Cluster) -> tuple[list[Scene], 
         for uri, place in find_scene_files(source, cluster.resolve):
             try:
                 scene = describe_scene(uri, place, source)
-                if not lay_out_chips(scene.grid, config.chip_size_m, config.chip_size_m):
-                    raise SceneError("too_small", f"{place}: no chip of {config.chip_size_m:g} m fits")
+                if not windows_of(scene, config.recipe):
+                    raise SceneError("too_small", f"{place}: no chip of {config.recipe.size_m:g} m fits")
             except SceneError as error:
                 drops.append(Drop(uri, error.reason, error.detail))
                 continue
@@ -154,12 +141,7 @@ def _store_landmarks(config: IngestScenesConfig, cluster: Cluster, artifact: Art
         found, dropped = read_landmarks(source, cluster.resolve)
         landmarks += found
         drops += dropped
-    columns = {name: [getattr(landmark, name) for landmark in landmarks] for name in ("id", "kind", "name")}
-    columns["wkb"] = [shapely.to_wkb(landmark.geometry) for landmark in landmarks]
-    schema = pa.schema([("id", pa.string()), ("kind", pa.string()), ("name", pa.string()), ("wkb", pa.binary())])
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema), buffer)
-    storage.write_bytes(artifact.path(LANDMARKS_FILE), buffer.getvalue())
+    storage.write_bytes(artifact.path(LANDMARKS_FILE), landmark_table(landmarks))
     return len(landmarks), drops
 
 
@@ -167,7 +149,7 @@ def _shards(config: IngestScenesConfig, scenes: list[Scene]) -> tuple[list[Shard
     """Runs of at most SHARD_CHIPS windows of one scene, and the number of windows."""
     shards, total = [], 0
     for scene in scenes:
-        num_windows = len(_windows(config, scene))
+        num_windows = len(windows_of(scene, config.recipe))
         total += num_windows
         for start in range(0, num_windows, SHARD_CHIPS):
             stop = min(start + SHARD_CHIPS, num_windows)
@@ -175,122 +157,10 @@ def _shards(config: IngestScenesConfig, scenes: list[Scene]) -> tuple[list[Shard
     return shards, total
 
 
-def _windows(config: IngestScenesConfig, scene: Scene) -> list[ChipWindow]:
-    return lay_out_chips(scene.grid, config.chip_size_m, config.chip_size_m * config.stride_fraction)
-
-
 def make_pipeline(config: IngestScenesConfig, artifact: Artifact) -> Pipeline:
     """The pipeline of this stage: cut the windows of a shard, then join them with the landmarks."""
-    join = Loaded(JoinLandmarks, (artifact.path(LANDMARKS_FILE), config))
-    return Pipeline(STAGE, artifact, CHIPS_TABLE, CHIP_SCHEMA, CutChips(config), (join,))
-
-
-@dataclass(frozen=True)
-class CutChips:
-    """Reads the windows of a shard; a window that cannot be read or shows too little becomes a drop."""
-
-    config: IngestScenesConfig
-
-    def __call__(self, shard: Shard) -> pa.Table:
-        scene = scene_from_json(shard["scene"])
-        windows = _windows(self.config, scene)[shard["start"] : shard["stop"]]
-        rows: list[dict[str, Any]] = []
-        with rasterio.Env(**dict[str, Any](storage.gdal_options())):
-            pixels = open_pixels(scene)
-            for _, group in itertools.groupby(windows, key=lambda window: window.chip_row):
-                rows += self._cut_row(scene, pixels, list(group))
-        return pa.Table.from_pylist(rows, schema=READ_SCHEMA)
-
-    def _cut_row(self, scene: Scene, pixels: xarray.DataArray, windows: list[ChipWindow]) -> list[dict[str, Any]]:
-        """One row of chips from one read; if that fails, each chip on its own, so that one bad block costs few."""
-        try:
-            strip = _Block.read(pixels, windows)
-        except SceneError as error:
-            if len(windows) == 1:
-                return [_row(scene, windows[0]) | {"drop_reason": error.reason, "drop_detail": error.detail}]
-            return [row for window in windows for row in self._cut_row(scene, pixels, [window])]
-        return [self._cut(scene, strip, window) for window in windows]
-
-    def _cut(self, scene: Scene, strip: "_Block", window: ChipWindow) -> dict[str, Any]:
-        image_HWC, nodata_fraction = resample(*strip.part(window), self.config.chip_size_px)
-        row = _row(scene, window) | {"nodata_fraction": nodata_fraction}
-        row["ground_sample_distance_m"] = self.config.ground_sample_distance_m
-        if nodata_fraction > self.config.max_nodata_fraction:
-            return row | {"drop_reason": "nodata", "drop_detail": f"{nodata_fraction:.2f} of the chip has no data"}
-        return row | {"image": to_jpeg(image_HWC)}
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Pixels that cover some windows, and where they begin."""
-
-    values_HW4: np.ndarray
-    top: int
-    left: int
-
-    @classmethod
-    def read(cls, pixels: xarray.DataArray, windows: list[ChipWindow]) -> "_Block":
-        outer = np.array([window.outer_px for window in windows])
-        top, left = outer[:, :2].min(axis=0).tolist()
-        bottom, right = outer[:, 2:].max(axis=0).tolist()
-        return cls(read_window(pixels, top, left, bottom - top, right - left), top, left)
-
-    def part(self, window: ChipWindow) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-        """The whole pixels of one window, and the window's box (left, top, right, bottom) inside them."""
-        top, left, bottom, right = window.outer_px
-        block_HW4 = self.values_HW4[top - self.top : bottom - self.top, left - self.left : right - self.left]
-        row, column = max(window.row_px - top, 0.0), max(window.column_px - left, 0.0)
-        box = (column, row, min(column + window.width_px, right - left), min(row + window.height_px, bottom - top))
-        return block_HW4, box
-
-
-def _row(scene: Scene, window: ChipWindow) -> dict[str, Any]:
-    corners = corners_lonlat(scene.grid, window)
-    bounds = scene.grid.bounds_lonlat(window.row_px, window.column_px, window.height_px, window.width_px)
-    fields = ("row_px", "column_px", "height_px", "width_px")
-    return {
-        "id": f"{scene.id}_{window.chip_row:04d}_{window.chip_column:04d}",
-        "scene": scene.id,
-        "split": scene.split,
-        **{name: getattr(window, name) for name in fields},
-        "bounds_lonlat": list(bounds),
-        "datetime": scene.datetime,
-        "corners_lonlat": corners.ravel().tolist(),
-        "landmarks": [],
-    }
-
-
-class JoinLandmarks:
-    """Adds to each chip the landmarks that it shows; loads them once."""
-
-    def __init__(self, uri: str, config: IngestScenesConfig):
-        rows = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
-        landmarks = [Landmark(row["id"], row["kind"], row["name"], shapely.from_wkb(row["wkb"])) for row in rows]
-        self._index = LandmarkIndex(landmarks)
-        self._config = config
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        corners = np.array(table["corners_lonlat"].to_pylist(), dtype=np.float64).reshape(-1, 4, 2)
-        visible = self._index.visible(corners, self._config.min_landmark_px / self._config.chip_size_px**2)
-        landmarks = [[_landmark_row(item) for item in found] for found in visible]
-        reasons = table["drop_reason"].to_pylist()
-        if not self._config.keep_without_landmark:
-            reasons = [
-                reason or (None if found else "no_landmark") for reason, found in zip(reasons, visible, strict=True)
-            ]
-        table = replace_column(table, "landmarks", pa.array(landmarks, CHIP_SCHEMA.field("landmarks").type))
-        return replace_column(table, "drop_reason", pa.array(reasons, pa.string()))
-
-
-def _landmark_row(item: VisibleLandmark) -> dict[str, Any]:
-    landmark = item.landmark
-    return {
-        "id": landmark.id,
-        "kind": landmark.kind,
-        "name": landmark.name,
-        "position": item.position,
-        "area_fraction": item.area_fraction,
-    }
+    join = Loaded(JoinLandmarks, (artifact.path(LANDMARKS_FILE), config.recipe))
+    return Pipeline(STAGE, artifact, CHIPS_TABLE, CHIP_SCHEMA, CutChips(config.recipe), (join,))
 
 
 def _log_pictures(stage: Stage, config: IngestScenesConfig, shards: list[Shard]) -> None:
@@ -301,7 +171,7 @@ def _log_pictures(stage: Stage, config: IngestScenesConfig, shards: list[Shard])
     reasons = {drop["id"]: drop["reason"] for drop in read_drops(stage.artifact).to_pylist() if drop["stage"] == STAGE}
     wanted = {list(reasons)[index] for index in spread(len(reasons))}
     dropped = []
-    cutter = CutChips(config.model_copy(update={"max_nodata_fraction": 1.0}))
+    cutter = CutChips(replace(config.recipe, max_nodata_fraction=1.0))
     for shard in shards:
         if any(drop_id.startswith(f"{shard['scene']['id']}_") for drop_id in wanted):
             table = cutter(shard)

@@ -170,27 +170,39 @@ def _run_on_ray(pipeline: Pipeline, shards: Sequence[Shard], cluster: Cluster) -
         "memory": placement.memory_per_task_gb * 2**30,
         "max_retries": MAX_TASK_RETRIES,
     }
-    writing: dict[str, Any] = task | {"num_cpus": 0.25}
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     # batch_size=None hands over a whole block; no operator below merges or splits blocks
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    dataset = dataset.map_batches(_Read(pipeline), **whole, **task)
-    for operation in pipeline.operations:
-        if isinstance(operation, Loaded):
-            dataset = dataset.map_batches(
-                _Actor,
-                fn_constructor_args=(operation,),
-                compute=ray.data.ActorPoolStrategy(size=placement.num_actors),
-                num_cpus=placement.cpus_per_actor,
-                num_gpus=placement.gpus_per_actor,
-                **whole,
-            )
-        else:
-            dataset = dataset.map_batches(_Task(operation), **whole, **task)
-    dataset = dataset.map_batches(_Write(pipeline), **whole, **writing)
+    for loaded, functions in _worker_stages(pipeline):
+        if loaded is None:
+            dataset = dataset.map_batches(_Task(functions), **whole, **task)
+            continue
+        dataset = dataset.map_batches(
+            _Actor,
+            fn_constructor_args=(loaded, functions),
+            compute=ray.data.ActorPoolStrategy(size=placement.num_actors),
+            num_cpus=placement.cpus_per_actor,
+            num_gpus=placement.gpus_per_actor,
+            **whole,
+        )
     for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass  # the rows are in the part files; this only drives the stream
+
+
+def _worker_stages(pipeline: Pipeline) -> list[tuple[Loaded | None, list[TableOperation]]]:
+    """Which functions run in one process: a new stage begins where a model is loaded, the last one also writes.
+
+    A stage of its own for a cheap function would cost a process that imports everything again.
+    """
+    stages: list[tuple[Loaded | None, list[TableOperation]]] = [(None, [_Read(pipeline)])]
+    for operation in pipeline.operations:
+        if isinstance(operation, Loaded):
+            stages.append((operation, []))
+        else:
+            stages[-1][1].append(_Checked(operation))
+    stages[-1][1].append(_Write(pipeline))
+    return stages
 
 
 @dataclass(frozen=True)
@@ -203,21 +215,11 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Checked:
     operation: TableOperation
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return _checked(self.operation, table)
-
-
-class _Actor:
-    """The state of one actor."""
-
-    def __init__(self, operation: Loaded):
-        self._operation = _instance(operation)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return _checked(self._operation, table)
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,26 @@ class _Write:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return _write(self.pipeline, table)
+
+
+@dataclass(frozen=True)
+class _Task:
+    functions: list[TableOperation]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        for function in self.functions:
+            table = function(table)
+        return table
+
+
+class _Actor:
+    """The state of one actor, and what follows it in the same process."""
+
+    def __init__(self, loaded: Loaded, functions: list[TableOperation]):
+        self._chain = _Task([_Checked(_instance(loaded)), *functions])
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self._chain(table)
 
 
 def _instance(operation: TableOperation | Loaded) -> TableOperation:

@@ -49,9 +49,7 @@ def build_index(config: BuildIndexConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def index_pipeline(
-    config: BuildIndexConfig, root: str, artifact: Artifact
-) -> tuple[Pipeline, list[dict[str, Any]]]:
+def index_pipeline(config: BuildIndexConfig, root: str, artifact: Artifact) -> tuple[Pipeline, list[dict[str, Any]]]:
     """The pipeline that fills the table, and its shards: ranges of rows of the chips table."""
     width = load_embedder(root, config.model).embedding_width
     pipeline = Pipeline(

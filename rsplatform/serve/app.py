@@ -8,7 +8,6 @@ of annotations: FastAPI reads them where Serve builds the application.
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import threading
@@ -23,6 +22,7 @@ import ray
 import torch
 from ray import serve
 from ray.serve.config import ProxyLocation
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from rsplatform.cluster import Cluster
@@ -42,6 +42,7 @@ BATCH_WAIT_S = 0.002
 MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
 MAX_QUEUED_REQUESTS = 256
 START_TIMEOUT_S = 180
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,15 @@ def running(served: Served) -> Iterator[str]:
     placement = served.cluster.serve
     check_address(placement.host, served.guard.key_hashes)
     port = _free_port(placement.host, placement.port)
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    handlers = _signal_handlers()
     with ray_runtime(served.cluster):
+        _handle_again(handlers)
         http = {"host": placement.host, "port": port, "request_timeout_s": served.request_timeout_s}
         try:
-            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http)
-            serve.run(build_application(served), name=APPLICATION, route_prefix="/")
+            # one line per request would drown the job's own output; errors still show
+            quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+            serve.run(build_application(served), name=APPLICATION, route_prefix="/", logging_config=quiet)
             base_url = f"http://{placement.host}:{port}"
             _wait_until_healthy(base_url)
             yield base_url
@@ -202,13 +206,23 @@ def _wait_until_healthy(base_url: str) -> None:
 def stop_signal() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set, in place of killing the process before it has cleaned up."""
     stopped = threading.Event()
-    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in earlier:
+    earlier = _signal_handlers()
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stopped.set())
     try:
         yield stopped
     finally:
-        for number, handler in earlier.items():
+        _handle_again(earlier)
+
+
+def _signal_handlers() -> dict[int, Any]:
+    return {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
+def _handle_again(handlers: dict[int, Any]) -> None:
+    """Put handlers back where starting Ray has replaced them: its own aborts the process on SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -36,7 +36,7 @@ class ModelRecipe(Config):
 
 
 class PretrainConfig(StageConfig):
-    """What to train on what, for how long. `start_from` continues a model artifact: its sizes, weights and tokenizer."""
+    """What to train, on what, for how long. `start_from` continues a model artifact: sizes, weights and tokenizer."""
 
     dataset: InputArtifact
     split: str = "train"

@@ -162,9 +162,10 @@ def _run_trials(config: TuneConfig, cluster: Cluster, jobs: list[WorkerJob], wai
     finally:
         system.delete_dir(path)
     for outcome in outcomes:
+        index = (outcome.config or {})["index"]
         if outcome.error is not None:
-            raise RuntimeError(f"trial {outcome.config} failed: {outcome.error}") from outcome.error
-        _record_stopped(jobs[outcome.config["index"]], outcome.metrics or {}, config.objective)
+            raise RuntimeError(f"trial {index} failed: {outcome.error}") from outcome.error
+        _record_stopped(jobs[index], outcome.metrics or {}, config.objective)
 
 
 def _trial(parameters: Mapping[str, Any], jobs: list[WorkerJob], objective: str) -> None:

@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "rsplatform"
 
 # Lower rooms may not import higher ones. The floor is what every room stands on.
 FLOOR = {"records", "geo", "config", "cluster", "storage", "artifacts", "ledger", "tracking", "stage", "runtime", "cli"}
-FLOW = ["world", "sources", "model", "curate", "dataset", "train", "localize", "evaluate", "index", "serve", "demo"]
+FLOW = ["world", "sources", "model", "curate", "dataset", "train", "localize", "evaluate", "index", "serve", "summary", "demo"]
 
 RAY_RIM = {
     "runtime.py",
@@ -22,7 +22,6 @@ RAY_RIM = {
     "train/launch.py",
     "train/sweep.py",
     "index/build.py",
-    "localize/pipeline.py",
     "serve/app.py",
 }
 MLFLOW_RIM = {"tracking.py"}

@@ -87,7 +87,7 @@ export class MapView {
     const strong = ["any", ["boolean", ["feature-state", "selected"], false], ["boolean", ["feature-state", "hover"], false]];
     // Far out, scenes are too small to see: their outlines show where they are.
     map.addLayer({ id: "scenes", type: "line", source: "scenes", maxzoom: 11, paint: { "line-color": "#0f766e", "line-width": 2 } });
-    map.addLayer({ id: "footprints", type: "fill", source: "results", paint: { "fill-color": "#fbbf24", "fill-opacity": ["case", strong, 0.04, 0.14] } });
+    map.addLayer({ id: "footprints", type: "fill", source: "results", paint: { "fill-color": "#fbbf24", "fill-opacity": ["case", strong, 0.02, 0.1] } });
     map.addLayer({ id: "footprint lines", type: "line", source: "results", paint: { "line-color": ["case", strong, "#fff7d6", "#fbbf24"], "line-width": ["case", strong, 3.5, 2] } });
     map.addLayer({ id: "area", type: "line", source: "area", paint: { "line-color": "#38bdf8", "line-width": 2.5, "line-dasharray": [2, 1.5] } });
     if (scenes.length) map.fitBounds(around(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
@@ -103,7 +103,7 @@ export class MapView {
     this.map.removeFeatureState({ source: "results" });
     this.map.getSource("results").setData({ type: "FeatureCollection", features });
     if (fit && results.length) {
-      this.map.fitBounds(around(results.map((result) => result.bounds_lonlat)), { padding: 70, maxZoom: 17, ...MOVE });
+      this.map.fitBounds(around(results.map((result) => result.bounds_lonlat)), { padding: this.margin(0.09), maxZoom: 17, ...MOVE });
     }
   }
 
@@ -122,7 +122,13 @@ export class MapView {
       map.addLayer({ id: "heatmap", type: "raster", source: "heatmap", paint }, "footprints");
     }
     if (result.spot?.peak_lonlat) this.peak.setLngLat(result.spot.peak_lonlat).addTo(map);
-    if (move) map.fitBounds(around([result.bounds_lonlat]), { padding: 120, maxZoom: 19, ...MOVE });
+    if (move) map.fitBounds(around([result.bounds_lonlat]), { padding: this.margin(0.16), maxZoom: 19, ...MOVE });
+  }
+
+  // Free space around what is shown, as a share of the map's shorter side.
+  margin(share) {
+    const { clientWidth, clientHeight } = this.map.getContainer();
+    return Math.round(share * Math.min(clientWidth, clientHeight));
   }
 
   setOpacity(opacity) {

@@ -1,6 +1,7 @@
 """The index against slow obvious versions: exact search, filters before the search, refusals, quoting."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import lance
@@ -77,7 +78,7 @@ def expected_ids(rows: pa.Table, vector_E: np.ndarray, k: int, keep: list[bool])
 def test_search_equals_a_full_comparison(index: ChipIndex, rows: pa.Table) -> None:
     hits = index.search(query(), 10)
     assert [hit.id for hit in hits] == expected_ids(rows, query(), 10, [True] * ROWS)
-    assert all(a.score >= b.score for a, b in zip(hits, hits[1:], strict=False))
+    assert all(a.score >= b.score for a, b in pairwise(hits))
     matrix = np.asarray(rows["vector"][hits[0].row].as_py(), dtype=np.float32)
     assert hits[0].score == pytest.approx(float(matrix @ query()), abs=2e-3)
 

@@ -13,7 +13,7 @@ from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.train.batch import Augmentation
 from rsplatform.train.loader import Loader, LoaderConfig, Share
 
-IMAGE_SIZE, CONTEXT_LENGTH = 16, 16
+IMAGE_SIZE, CONTEXT_LENGTH, BATCH_SIZE = 16, 16, 8
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 210), "white": (230, 230, 230)}
 
 
@@ -67,9 +67,9 @@ def tiny_model(seed: int = 0, **overrides) -> Mammut:
     return Mammut(mammut_config("mini", **(sizes | overrides)))
 
 
-def tiny_loader(share: Share | None = None, batch_size: int = 8, **settings) -> Loader:
-    store = TinyStore()
-    sampler = GlobalSampler(len(store), batch_size, seed=5)
+def tiny_loader(share: Share | None = None, store: TinyStore | None = None, **settings) -> Loader:
+    store = store or TinyStore()
+    sampler = GlobalSampler(len(store), BATCH_SIZE, seed=5)
     values = {"augmentation": Augmentation(min_crop_area=0.7), "seed": 5, "cache_gb": 0.01} | settings
     config = LoaderConfig(IMAGE_SIZE, CONTEXT_LENGTH, **values)
     return Loader(store, tiny_tokenizer(), sampler.batch, config, share)

@@ -1,0 +1,124 @@
+"""The demo's closing words: artifacts and one search answer in, facts and a text that a person can read out.
+
+Every number is read back from a manifest, a report or an HTTP answer; nothing is computed again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rsplatform.artifacts import Artifact
+from rsplatform.storage import read_json
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def collect(made: Mapping[str, Artifact], answer: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Facts of one run: funnels, training, evaluation before and after self-training, the sweep, the search."""
+    manifests = {name: artifact.manifest() for name, artifact in made.items()}
+    facts = {
+        "seconds": seconds,
+        "scenes": manifests["ingest_scenes"]["counts"]["scenes"],
+        "chips": _funnel(manifests["ingest_scenes"]["counts"]),
+        "web": _funnel(manifests["filter_web"]["counts"]),
+        "dataset": _funnel(manifests["build_dataset"]["counts"]),
+        "overhead": manifests["train_overhead"]["metrics"],
+        "history": read_json(made["pretrain"].path("history.json")),
+        "training": manifests["pretrain"]["counts"],
+        "training_metrics": manifests["pretrain"]["metrics"],
+        "sweep": manifests["tune"]["metrics"],
+        "evaluation": read_json(made["evaluate"].path("report.json"))["benchmarks"],
+        "self_trained": read_json(made["evaluate_self_trained"].path("report.json"))["benchmarks"],
+        "regions": manifests["localize"]["metrics"]["regions"],
+        "search": answer["results"][0],
+        "folders": {name: artifact.uri for name, artifact in made.items()},
+    }
+    return facts
+
+
+def numbers(facts: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars that two runs of the demo are compared by."""
+    flat = {"seconds": facts["seconds"], "search_score": facts["search"]["score"]}
+    for name, scores in facts["evaluation"].items():
+        flat |= {f"{name}/{key}": value for key, value in scores.items() if isinstance(value, int | float)}
+    for name, scores in facts["self_trained"].items():
+        flat |= {f"self_trained/{name}/{k}": value for k, value in scores.items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in flat.items()}
+
+
+def render(facts: Mapping[str, Any], query: str, root: str) -> str:
+    """The summary as plain text."""
+    training, metrics = facts["training"], facts["training_metrics"]
+    losses = [row["loss"] for row in facts["history"] if "loss" in row]
+    lines = [
+        f"rsplatform demo: every arrow ran in {facts['seconds'] / 60:.1f} min",
+        "",
+        f"  scenes     {_kept(facts['scenes'])}",
+        f"  chips      {_kept(facts['chips'])}",
+        f"  web pairs  {_kept(facts['web'])}",
+        f"  dataset    {_kept(facts['dataset'])}",
+        f"  training   loss {losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f} · {training['samples_seen']:,} "
+        f"samples in {metrics['training_minutes']:.1f} min",
+        *(line for name, scores in facts["evaluation"].items() for line in _scores(name, scores, facts)),
+        f"  on a map   {facts['regions']:.0f} regions as GeoJSON and COGs in {facts['folders']['localize']}",
+        *_search(facts["search"], query),
+        "",
+        f"what every job recorded: make mlflow   (database below {root})",
+        "search it yourself:      make serve    then open http://127.0.0.1:8000",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def sparkline(values: list[float], width: int = 32) -> str:
+    """A curve in one line of text; values are averaged into at most `width` bars."""
+    size = max(1, -(-len(values) // width))
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in means)
+
+
+def _funnel(counts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: counts[key] for key in ("inputs", "kept", "dropped")}
+
+
+def _kept(funnel: Mapping[str, Any]) -> str:
+    dropped = funnel["dropped"]
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(dropped.items(), key=lambda item: -item[1]))
+    tail = f" + {sum(dropped.values()):,} dropped ({reasons})" if dropped else ""
+    return f"{funnel['inputs']:,} = {funnel['kept']:,} kept{tail}"
+
+
+def _scores(name: str, scores: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """One line for a benchmark, whatever its kind."""
+    after = facts["self_trained"].get(name, {})
+    if "t2i_r10" in scores:
+        chance = scores["chance_t2i_r10"]
+        text = (
+            f"text→image R@10 {scores['t2i_r10']:.1f} % = {scores['t2i_r10'] / chance:.1f} × chance ({chance:.2f} %), "
+            f"mean recall {scores['mean_recall']:.1f} %, {scores['num_images']:,} pictures"
+        )
+    elif "top1" in scores:
+        text = f"zero-shot top-1 {scores['top1']:.1f} % (chance {scores['chance_top1']:.1f} %)"
+    else:
+        text = f"mIoU raw {scores['raw_miou']:.1f} → smooth {scores['smooth_miou']:.1f}"
+        text += f" → self-trained {after['smooth_miou']:.1f} %" if after else " %"
+    if after and "mean_recall" in scores:
+        text += f"; self-trained {after['mean_recall']:.1f} %"
+    return [f"  {name:<10} {text}  [{scores['pin']}]"]
+
+
+def _search(result: Mapping[str, Any], query: str) -> list[str]:
+    west, south, east, north = result["bounds_lonlat"]
+    lines = [
+        f"  search     “{query}” → chip {result['chip_id']} (score {result['score']:.2f}), "
+        f"lon {(west + east) / 2:.5f} lat {(south + north) / 2:.5f}",
+        f"             it says: {result['caption']}",
+    ]
+    spot = result.get("spot")
+    if spot:
+        row, column = spot["peak_fraction"]
+        place = f" = lon {spot['peak_lonlat'][0]:.5f} lat {spot['peak_lonlat'][1]:.5f}" if spot["peak_lonlat"] else ""
+        lines.append(
+            f"             where in it: {100 * row:.0f} % from the top, {100 * column:.0f} % from the left{place}"
+        )
+    return lines

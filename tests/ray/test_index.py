@@ -1,0 +1,64 @@
+"""build_index on Ray Data: the same rows as without Ray, drops with reasons, a rerun is a no-op."""
+
+from pathlib import Path
+
+import lance
+import pytest
+from tiny_service import CHIPS, INDEX, MODEL, build_config, finish, make_artifacts, make_model, tiny_cluster
+
+from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
+from rsplatform.curate.pipeline import run_plain
+from rsplatform.index.build import build_index, index_pipeline
+from rsplatform.index.embed import load_embedder
+from rsplatform.index.store import ChipIndex, table_uri
+from rsplatform.ledger import read_drops
+
+pytestmark = pytest.mark.ray
+
+
+def spoil_two_pictures(root: str) -> None:
+    """Chips 5 and 40 become a truncated JPEG and no picture at all."""
+    path = Artifact(root, CHIPS).path("chips.lance")
+    rows = lance.dataset(path).to_table().to_pylist()
+    rows[5]["image"], rows[40]["image"] = rows[5]["image"][:200], b"not a picture"
+    schema = lance.dataset(path).schema
+    lance.write_dataset(lance.dataset(path).to_table().from_pylist(rows, schema=schema), path, mode="overwrite")
+    finish(root, CHIPS)
+
+
+def test_index_on_ray_equals_the_plain_one(tmp_path: Path) -> None:
+    root, plain_root = str(tmp_path / "ray"), str(tmp_path / "plain")
+    for place in (root, plain_root):
+        make_artifacts(place)
+        spoil_two_pictures(place)
+    cluster = tiny_cluster(root)
+    artifact = build_index(build_config(), cluster)
+
+    plain = Artifact(plain_root, INDEX)
+    pipeline, shards = index_pipeline(build_config(), plain_root, plain)
+    counts = run_plain(pipeline, shards)
+    assert artifact.manifest()["counts"] == counts == {"inputs": 64, "kept": 62, "dropped": {"unreadable": 2}}
+    assert {row["id"][-4:] for row in read_drops(artifact).to_pylist()} == {"0005", "0040"}
+    made, expected = (lance.dataset(table_uri(item.uri)).to_table() for item in (artifact, plain))
+    assert made.drop(["vector"]).equals(expected.drop(["vector"]))
+    assert made["row"].to_pylist() == [row for row in range(64) if row not in {5, 40}]
+
+    embedder = load_embedder(root, MODEL)
+    index = ChipIndex(artifact.uri, embedder.model_hash)
+    chip = lance.dataset(Artifact(root, CHIPS).path("chips.lance")).take([7]).to_pylist()[0]
+    best = index.search(embedder.embed_images([chip["image"]])[0], 1)[0]
+    assert (best.id, best.row) == (chip["id"], 7) and best.score > 0.999
+
+    finished_at = artifact.manifest()["finished"]
+    assert build_index(build_config(), cluster).manifest()["finished"] == finished_at
+    make_model(root, "model/other/v1", seed=1)
+    with pytest.raises(ArtifactError, match="another recipe"):
+        build_index(build_config().model_copy(update={"model": "model/other/v1"}), cluster)
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    make_model(str(tmp_path / "a"))
+    with pytest.raises(ArtifactError, match=CHIPS):
+        build_index(build_config(), tiny_cluster(str(tmp_path / "a")))
+    with pytest.raises(ArtifactError, match=INDEX):
+        open_artifact(str(tmp_path / "a"), INDEX)

@@ -1,0 +1,92 @@
+"""Ray Tune: four trials as child runs, a best recipe that pretrain accepts, a resumed sweep that repeats nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rsplatform import storage, tracking
+from rsplatform.cluster import Cluster
+from rsplatform.config import load_config
+from rsplatform.runtime import ray_runtime
+from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.sweep import BEST_RECIPE, RESULT, TuneConfig, tune
+from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    root = str(tmp_path_factory.mktemp("root"))
+    make_tiny_dataset(root)
+    cluster = Cluster(root=root, num_cpus=2)
+    with ray_runtime(cluster):
+        yield cluster
+
+
+def sweep_config(**changes) -> TuneConfig:
+    document = {
+        "output": "sweep/tiny/v1",
+        "recipe": tiny_recipe(output="model/tuned/v1", validate_every_steps=2),
+        "search": {
+            "phases.1.schedule.learning_rate": {"log_uniform": [1e-5, 1e-2]},
+            "loss.caption_weight": {"choices": [0.5, 1.0, 2.0]},
+        },
+        "num_trials": 4,
+        "grace_steps": 2,
+    }
+    return TuneConfig.model_validate(document | changes)
+
+
+def test_a_sweep_finds_a_recipe_and_resumes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sweep_config()
+    with monkeypatch.context() as patch:
+        patch.setattr("rsplatform.train.sweep._conclude", _break)
+        with pytest.raises(OSError, match="unplugged"):
+            tune(config, cluster)
+    folder = Path(cluster.root) / config.output / "trials"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
+    assert len(before) == 4
+    (folder / "2" / RESULT).unlink()  # as if the driver had died before this trial ended
+    artifact = tune(config, cluster)
+    after = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
+    assert {path for path in before if after[path] != before[path]} == {folder / "2" / RESULT}
+
+    counts = artifact.manifest()["counts"]
+    assert counts["trials"] == 4 == counts["complete"] + counts["stopped_early"]
+    best = load_config(PretrainConfig, Path(artifact.uri) / BEST_RECIPE)
+    assert best.output == "model/tuned/v1"
+    results = [storage.read_json(str(folder / str(index) / RESULT)) for index in range(4)]
+    complete = [index for index in range(4) if not results[index]["stopped_early"]]
+    winner = min(complete, key=lambda index: results[index]["val_contrastive"])
+    assert best == config.trials()[winner][1]
+    assert yaml.safe_load((Path(artifact.uri) / BEST_RECIPE).read_text())["loss"]["caption_weight"] in (0.5, 1.0, 2.0)
+    assert_children(cluster, artifact.manifest()["mlflow_run_id"])
+
+
+def _break(*_) -> None:
+    raise OSError("unplugged")
+
+
+def assert_children(cluster: Cluster, parent: str) -> None:
+    client = tracking._client(tracking.tracking_uri(cluster.root))
+    experiment = client.get_run(parent).info.experiment_id
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert sorted(run.data.tags["trial"] for run in children) == ["0", "1", "2", "3"]
+    assert all("loss.caption_weight" in run.data.params for run in children)
+    assert all("train/val_contrastive" in run.data.metrics for run in children)
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({"phases.0.schedule.learning_rat": {"choices": [1]}}, "learning_rate"),
+        ({"loss.caption_weight": {"choices": [-1]}}, "negative"),
+        ({"batch_size": {"choices": [8], "log_uniform": [1, 2]}}, "either choices"),
+    ],
+)
+def test_a_bad_search_is_refused_at_load(search: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sweep_config(search=search)

@@ -1,0 +1,123 @@
+"""Batches: the same whatever the threads, the ranks and the cache do; captions with directions are never flipped."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rsplatform.model.preprocess import ImageError
+from rsplatform.train.batch import Augmentation, augment, has_direction, pad_tokens, sample_rng, square_symmetry
+from rsplatform.train.loader import Share
+from tests.unit.train.tiny_training import CONTEXT_LENGTH, IMAGE_SIZE, TinyStore, tiny_loader, tiny_tokenizer
+
+
+class BrokenStore(TinyStore):
+    def read(self, indices):
+        return [replace(sample, image=b"no picture") for sample in super().read(indices)]
+
+
+def batches_of(loader, start: int = 0, end: int = 6) -> list:
+    return list(loader.batches(start, end))
+
+
+def assert_same_batches(first, second) -> None:
+    for one, other in zip(first, second, strict=True):
+        assert one.sample_ids == other.sample_ids
+        assert torch.equal(one.images_BHWC, other.images_BHWC)
+        assert torch.equal(one.tokens_BT, other.tokens_BT)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"decode_threads": 1}, {"prefetch_batches": 1}, {"cache_gb": 0.0}, {"cache_gb": 4e-6}]
+)
+def test_threads_and_cache_change_nothing(settings: dict) -> None:
+    assert_same_batches(batches_of(tiny_loader(**settings)), batches_of(tiny_loader(decode_threads=4)))
+
+
+def test_a_batch_does_not_depend_on_the_ones_before() -> None:
+    assert_same_batches(batches_of(tiny_loader(), 4, 6), batches_of(tiny_loader())[4:])
+
+
+def test_ranks_share_the_global_batch() -> None:
+    whole = batches_of(tiny_loader(), 0, 2)
+    shares = [batches_of(tiny_loader(Share(rank, 4)), 0, 2) for rank in range(4)]
+    for step, batch in enumerate(whole):
+        for rank in range(4):
+            assert shares[rank][step].sample_ids == batch.sample_ids[rank::4]
+            assert torch.equal(shares[rank][step].images_BHWC, batch.images_BHWC[rank::4])
+
+
+def test_every_sample_is_seen_once_an_epoch() -> None:
+    ids = [sample_id for batch in batches_of(tiny_loader(), 0, 3) for sample_id in batch.sample_ids]
+    assert sorted(ids) == sorted(TinyStore().ids)
+
+
+def test_the_cache_saves_reads_up_to_its_budget() -> None:
+    reads = {}
+    for cache_gb in (0.0, 0.01):
+        store = TinyStore()
+        batches_of(tiny_loader(store=store, cache_gb=cache_gb), 0, 9)
+        reads[cache_gb] = store.num_reads
+    assert reads == {0.0: 72, 0.01: 24}
+
+
+def test_stopping_early_leaves_no_threads() -> None:
+    stream = tiny_loader().batches(0, 1000)
+    next(stream)
+    stream.close()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with ThreadPoolExecutor(1) as threads, pytest.raises(ValueError, match="8 does not divide among 3 workers"):
+        tiny_loader(Share(0, 3)).batch(0, threads)
+
+
+def test_a_broken_picture_names_its_sample() -> None:
+    with pytest.raises(ImageError, match=r"unreadable: sample sample-\d+"):
+        next(tiny_loader(store=BrokenStore()).batches(0, 1))
+
+
+def test_the_symmetries_are_eight_and_undo_nothing_else() -> None:
+    picture = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    views = {square_symmetry(picture, index).tobytes() for index in range(8)}
+    assert len(views) == 8
+    assert all(sorted(view) == sorted(picture.tobytes()) for view in views)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a bar on the Left of the field", True),
+        ("north-eastern corner", True),
+        ("southwest of the river", True),
+        ("the upper part is water", True),
+        ("many green trees around a stadium", False),
+        ("a desktop of rusty leftovers in Westminster, bright", False),
+    ],
+)
+def test_directions_are_found_as_words(caption: str, expected: bool) -> None:
+    assert has_direction(caption) == expected
+
+
+def test_captions_with_directions_keep_their_picture_upright() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    config = Augmentation()
+    for position in range(20):
+        view = augment(picture, IMAGE_SIZE, config, "a road in the north", sample_rng(0, 0, position))
+        assert (view == picture).all()
+    views = {augment(picture, IMAGE_SIZE, config, "a road", sample_rng(0, 0, p)).tobytes() for p in range(60)}
+    assert len(views) == 8
+
+
+def test_tokens_are_padded_to_a_multiple_of_eight_within_the_context() -> None:
+    tokenizer = tiny_tokenizer()
+    for captions in (["a"], ["a red field number 3", "a"], ["word " * 50]):
+        tokens_BT = pad_tokens(captions, tokenizer, CONTEXT_LENGTH)
+        assert tokens_BT.shape[1] in (8, CONTEXT_LENGTH)
+        longest = tokenizer.encode(captions, CONTEXT_LENGTH, pad_to_longest=True)
+        assert (tokens_BT[:, : longest.shape[1]].numpy() == longest).all()
+        assert (tokens_BT[:, longest.shape[1] :] == 0).all()

@@ -1,0 +1,84 @@
+"""Schedules, decay groups, moving average and curriculum, each against what its words promise."""
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from rsplatform.train.curriculum import Curriculum, Phase
+from rsplatform.train.optimizer import AveragedWeights, OptimizerConfig, Schedule, parameter_groups
+from tests.unit.train.tiny_training import tiny_model
+
+
+@pytest.mark.parametrize("decay", ["cosine", "wsd", "constant"])
+def test_schedules_warm_up_and_decay(decay: str) -> None:
+    schedule = Schedule(2.0, warmup_steps=10, **{"decay": decay, "final_fraction": 0.1})
+    rates = [schedule.at(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert max(rates) == pytest.approx(2.0)
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rates[10:]))
+    end = schedule.at(100, 100)
+    assert end == pytest.approx(2.0 if decay == "constant" else 0.2)
+    if decay == "wsd":
+        assert rates[10:80] == [2.0] * 70
+        assert rates[90] == pytest.approx(2.0 - 1.8 / 2)
+
+
+def test_only_matrices_decay() -> None:
+    model = tiny_model()
+    decayed, spared = parameter_groups(model, 0.2)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.2, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    spared_names = {names[id(parameter)] for parameter in spared["params"]}
+    assert "log_logit_scale" in spared_names
+    assert all(name.endswith(("bias", "scale")) or "norm" in name for name in spared_names)
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_the_moving_average_is_the_weighted_sum_of_the_past() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    values = [3.0, 5.0, -1.0]
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+        averaged = AveragedWeights(model, 0.9)
+        for value in values:
+            model.weight.fill_(value)
+            averaged.update(model)
+    expected = 2.0 * 0.9**3 + sum(value * 0.1 * 0.9 ** (2 - index) for index, value in enumerate(values))
+    assert averaged.tensors["weight"].item() == pytest.approx(expected)
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="gradient_clip"):
+        OptimizerConfig(gradient_clip=0)
+    with pytest.raises(ValueError, match="learning_rate"):
+        Schedule(0.0)
+
+
+TABLES = ["web_pairs/a/v1"] * 30 + ["chips/a/v1"] * 10
+
+
+def test_phases_follow_one_another() -> None:
+    web = Phase("web", 5, Schedule(1.0, decay="constant"), {"web_pairs": 1.0})
+    mix = Phase("mix", 200, Schedule(0.5, warmup_steps=2, decay="constant"), {"web_pairs": 0.5, "chips": 0.5})
+    curriculum = Curriculum((web, mix))
+    assert curriculum.num_steps == 205
+    assert [curriculum.locate(step) for step in (0, 4, 5, 204)] == [(0, 0), (0, 4), (1, 0), (1, 199)]
+    assert [curriculum.learning_rate(step) for step in (4, 5, 6, 7)] == [1.0, 0.25, 0.5, 0.5]
+    with pytest.raises(ValueError, match="outside"):
+        curriculum.locate(205)
+    plan = curriculum.plan(TABLES, np.ones(40), 6, seed=1)
+    first_epoch = np.concatenate([plan(step) for step in range(5)])
+    assert sorted(first_epoch) == list(range(30))  # one kind with even weights: each sample once
+    drawn = Counter(TABLES[index].split("/")[0] for step in range(5, 205) for index in plan(step))
+    assert abs(drawn["chips"] / 1200 - 0.5) < 0.06  # 10 of 40 samples, half of the draws
+
+
+def test_without_a_mixture_samples_are_drawn_by_their_own_weights() -> None:
+    weights = np.where(np.arange(40) < 30, 1.0, 3.0)
+    plan = Curriculum((Phase("all", 300, Schedule(1.0)),)).plan(TABLES, weights, 8, seed=0)
+    drawn = Counter(TABLES[index].split("/")[0] for step in range(300) for index in plan(step))
+    assert abs(drawn["chips"] / 2400 - 0.5) < 0.05
+    assert (plan(7) == Curriculum((Phase("all", 300, Schedule(1.0)),)).plan(TABLES, weights, 8, seed=0)(7)).all()

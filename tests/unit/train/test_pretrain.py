@@ -1,0 +1,150 @@
+"""The loop: N steps equal k steps, an end of any kind, and N - k steps, bitwise; it stops when it is told to."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rsplatform.model.losses import LossConfig
+from rsplatform.train.checkpoint import CheckpointError, CheckpointFolder
+from rsplatform.train.engine import PlainEngine
+from rsplatform.train.optimizer import OptimizerConfig
+from rsplatform.train.pretrain import Hooks, LoopConfig, Progress, TrainingDivergedError, fit
+from rsplatform.train.validate import validation_losses
+from tests.unit.train.tiny_training import tiny_loader, tiny_model
+
+NUM_STEPS = 12
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+# Prints each step as it is saved and goes on, until somebody kills it.
+CHILD = """
+import sys
+from tests.unit.train.test_pretrain import train
+train(sys.argv[1], 10_000, on_save=lambda step: print(step, flush=True))
+"""
+
+
+def train(folder: str | Path, num_steps: int = NUM_STEPS, on_save=None, reports: dict | None = None, **settings):
+    """Train into checkpoints below `folder`, from the newest one there; (progress, tensors of the last)."""
+    torch.set_num_threads(1)
+    checkpoints = CheckpointFolder(str(folder), keep_last=1000)
+
+    def save(tensors, progress: Progress) -> None:
+        checkpoints.save(tensors, progress)
+        if on_save:
+            on_save(progress.step)
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        if reports is not None:
+            reports.setdefault(step, {}).update(metrics)
+
+    values = {"seed": 1, "checkpoint_every_steps": 1, "ema_decay": 0.8, "report_every_steps": 1} | settings
+    engine = PlainEngine(tiny_model(patch_dropout=0.25), OptimizerConfig())
+    hooks = Hooks(report, save)
+    progress = fit(
+        engine, tiny_loader().batches, lambda s: 1e-3, LoopConfig(num_steps, **values), hooks, checkpoints.latest()
+    )
+    saved = checkpoints.latest()
+    assert saved is not None
+    return progress, saved[0]
+
+
+def assert_bitwise(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return train(tmp_path_factory.mktemp("whole"))[1]
+
+
+@pytest.mark.parametrize("num_before", [1, 5, 11])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, uninterrupted, num_before: int) -> None:
+    train(tmp_path, num_before)
+    assert_bitwise(train(tmp_path)[1], uninterrupted)
+
+
+def test_a_killed_process_resumes_exactly(tmp_path: Path, uninterrupted) -> None:
+    """kill -9 in the middle of a real process's training, then go on from what it left."""
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= 4:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    assert process.wait() == -signal.SIGKILL
+    steps = CheckpointFolder(str(tmp_path)).steps()
+    for step in steps:  # the child may have been a few steps further than we read
+        if step >= NUM_STEPS:
+            (tmp_path / f"step_{step:08d}.safetensors").unlink()
+    assert_bitwise(train(tmp_path)[1], uninterrupted)
+
+
+def test_max_minutes_stops_at_the_next_step_and_says_so(tmp_path: Path) -> None:
+    progress, _ = train(tmp_path, max_minutes=1e-9)
+    assert progress.step == 1
+    assert "max_minutes" in progress.stopped
+    assert train(tmp_path, max_minutes=1e-9)[0] == progress  # the time counts over restarts
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
+    train(tmp_path, checkpoint_every_steps=None, checkpoint_every_minutes=1e-9)
+    assert CheckpointFolder(str(tmp_path)).steps() == list(range(1, NUM_STEPS + 1))
+
+
+def test_reports_tell_losses_pace_and_rate(tmp_path: Path) -> None:
+    reports: dict[int, dict[str, float]] = {}
+    train(tmp_path, reports=reports, report_every_steps=5)
+    assert sorted(reports) == [5, 10, 12]
+    expected = "loss contrastive caption logit_scale gradient_norm samples_per_s data_wait_fraction learning_rate"
+    assert set(reports[5]) == set(expected.split())
+    assert reports[12]["loss"] < reports[5]["loss"]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    engine = PlainEngine(tiny_model(), OptimizerConfig())
+    with torch.no_grad():
+        engine.model.image_to_text.weight[0, 0] = torch.nan
+    hooks = Hooks(lambda metrics, step: None, CheckpointFolder(str(tmp_path)).save)
+    with pytest.raises(TrainingDivergedError, match="loss is nan at step 0"):
+        fit(engine, tiny_loader().batches, lambda step: 1e-3, LoopConfig(4), hooks)
+    assert CheckpointFolder(str(tmp_path)).latest() is None
+
+
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    reports: dict[str, dict] = {"float32": {}, "bfloat16": {}}
+    for precision, steps in reports.items():
+        train(tmp_path / precision, reports=steps, precision=precision)
+    losses = [reports[precision][NUM_STEPS]["loss"] for precision in reports]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_validation_is_repeatable_and_leaves_the_model_training() -> None:
+    engine = PlainEngine(tiny_model(patch_dropout=0.5), OptimizerConfig())
+    loader = tiny_loader()
+    first = validation_losses(engine, loader.batches, 2, LossConfig())
+    assert first == validation_losses(engine, loader.batches, 2, LossConfig())
+    assert set(first) == {"val_loss", "val_contrastive", "val_caption"}
+    assert engine.model.training
+
+
+def test_only_the_newest_checkpoints_are_kept_and_damage_is_named(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path), keep_last=2)
+    for step in (1, 2, 3):
+        folder.save({"model/x": torch.full((2,), float(step))}, Progress(step, elapsed_s=step / 3))
+    (tmp_path / ".step_00000009.safetensors.tmp").write_bytes(b"half")
+    assert folder.steps() == [2, 3]
+    saved = folder.latest()
+    assert saved is not None
+    assert saved[1] == Progress(3, elapsed_s=1.0)
+    newest = tmp_path / "step_00000003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"step_00000003.*delete it"):
+        folder.latest()
