@@ -27,6 +27,7 @@ from rsplatform.model.mammut import Mammut, mammut_config
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import save_model
 from rsplatform.records import CAPTION_SCHEMA, CHIP_SCHEMA
+from rsplatform.sources.scenes import SceneSource, describe_scene
 from rsplatform.storage import write_json
 
 SCENE = "town_north"
@@ -92,15 +93,8 @@ def make_chips(root: str) -> None:
     grid = _write_scene(scene_path, pixels_HWC)
     rows = [_chip(pixels_HWC, grid, index) for index in range((SCENE_SIZE_PX // CHIP_SIZE_PX) ** 2)]
     lance.write_dataset(pa.Table.from_pylist(rows, schema=CHIP_SCHEMA), artifact.path("chips.lance"))
-    entry = {
-        "id": SCENE,
-        "uri": str(scene_path),
-        "grid": {"crs": grid.crs, "transform": grid.transform, "width": grid.width, "height": grid.height},
-        "ground_sample_distance_m": GSD_M,
-        "datetime": "2021-06-01T10:00:00Z",
-        "split": "val",
-        "attribution": "© Test <b>Survey</b>",
-    }
+    source = SceneSource(path=str(scene_path), attribution="© Test <b>Survey</b>", dates={"*": "2021-06-01"})
+    entry = describe_scene(str(scene_path), str(scene_path), source).to_json()
     write_json(artifact.path("scenes.json"), [entry])
     finish(root, CHIPS)
     captions = [

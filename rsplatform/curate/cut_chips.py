@@ -6,7 +6,7 @@ Shapes: H W pixels; 4 = red, green, blue, validity.
 
 import io
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import rasterio
 import shapely
-import xarray
 
 from rsplatform import storage
 from rsplatform.curate.chip_windows import ChipWindow, corners_lonlat, lay_out_chips, resample, to_jpeg
 from rsplatform.curate.pipeline import DROP_FIELDS, Shard, replace_column
 from rsplatform.records import CHIP_SCHEMA, Landmark
 from rsplatform.sources.landmarks import LandmarkIndex, VisibleLandmark
-from rsplatform.sources.scenes import Scene, SceneError, open_pixels, read_window, scene_from_json
+from rsplatform.sources.scenes import Layer, Scene, SceneError, open_pixels, read_window, scene_from_json
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,15 @@ class ChipRecipe:
         """Ground extent of a chip."""
         return self.size_px * self.ground_sample_distance_m
 
+    def at_scale_of(self, scene: Scene) -> "ChipRecipe":
+        """The recipe with the ground sample distance that a scene's source asks for, if it does."""
+        scale = scene.chip_ground_sample_distance_m
+        return replace(self, ground_sample_distance_m=scale) if scale else self
+
 
 def windows_of(scene: Scene, recipe: ChipRecipe) -> list[ChipWindow]:
     """All windows of a scene, in the order in which shards number them."""
+    recipe = recipe.at_scale_of(scene)
     return lay_out_chips(scene.grid, recipe.size_m, recipe.size_m * recipe.stride_fraction)
 
 
@@ -74,7 +79,7 @@ class CutChips:
                 rows += self._cut_row(scene, pixels, list(group))
         return pa.Table.from_pylist(rows, schema=_read_schema())
 
-    def _cut_row(self, scene: Scene, pixels: xarray.DataArray, windows: list[ChipWindow]) -> list[dict[str, Any]]:
+    def _cut_row(self, scene: Scene, pixels: list[Layer], windows: list[ChipWindow]) -> list[dict[str, Any]]:
         """One row of chips from one read; if that fails, each chip on its own, so that one bad block costs few."""
         try:
             strip = _Block.read(pixels, windows)
@@ -87,7 +92,7 @@ class CutChips:
     def _cut(self, scene: Scene, strip: "_Block", window: ChipWindow) -> dict[str, Any]:
         image_HWC, nodata_fraction = resample(*strip.part(window), self.recipe.size_px)
         row = _row(scene, window) | {"nodata_fraction": nodata_fraction}
-        row["ground_sample_distance_m"] = self.recipe.ground_sample_distance_m
+        row["ground_sample_distance_m"] = self.recipe.at_scale_of(scene).ground_sample_distance_m
         if nodata_fraction > self.recipe.max_nodata_fraction:
             return row | {"drop_reason": "nodata", "drop_detail": f"{nodata_fraction:.2f} of the chip has no data"}
         return row | {"image": to_jpeg(image_HWC)}
@@ -102,7 +107,7 @@ class _Block:
     left: int
 
     @classmethod
-    def read(cls, pixels: xarray.DataArray, windows: list[ChipWindow]) -> "_Block":
+    def read(cls, pixels: list[Layer], windows: list[ChipWindow]) -> "_Block":
         outer = np.array([window.outer_px for window in windows])
         top, left = outer[:, :2].min(axis=0).tolist()
         bottom, right = outer[:, 2:].max(axis=0).tolist()

@@ -7,6 +7,7 @@ Shapes: B batch, H W pixels, C channels.
 """
 
 import io
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ class OverheadNet(nn.Module):
         widths = (3, 24, 48, 96, 128)
         blocks = [
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         ]
         self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(0.2)

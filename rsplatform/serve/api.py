@@ -19,7 +19,8 @@ MAX_IMAGES = 16
 MAX_TEXT_CHARACTERS = 512
 MAX_IMAGE_CHARACTERS = 8 * 2**20
 MAX_IMAGE_PIXELS = 32 * 10**6
-ID_PATTERN = r"^[\w][\w.:@=+-]{0,199}$"
+# Ids hold the names of users' files: anything but slashes and control characters, and no leading dot.
+ID_PATTERN = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}$"
 DATA_URL = re.compile(r"^data:image/[a-z]+;base64,")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rsplatform.geo import BoundsLonLat, Grid
 from rsplatform.index.store import Hit
+from rsplatform.sources.scenes import scene_from_json
 
 LonLat = tuple[float, float]
 
@@ -24,7 +25,8 @@ class SceneEntry:
     ground_sample_distance_m: float
     datetime: str
     attribution: str
-    split: str
+    bands: tuple[int, ...]
+    stretch: tuple[tuple[float, float], ...] | None  # value range per band that became 0…255 in the chips
 
     @property
     def bounds_lonlat(self) -> BoundsLonLat:
@@ -44,6 +46,8 @@ class SceneEntry:
 
 class Catalogue:
     """Scenes by id, from the parsed scenes.json; `resolve` turns its URIs into places that can be opened.
+
+    A scene of several dates is shown by its first.
 
     Raises:
         KeyError: an entry without one of the fields that ingest writes.
@@ -74,13 +78,14 @@ class Catalogue:
 
 
 def _scene(entry: dict[str, Any], resolve: Callable[[str], str]) -> SceneEntry:
-    grid = entry["grid"]
+    scene = scene_from_json(entry)
     return SceneEntry(
-        id=entry["id"],
-        uri=resolve(entry["uri"]),
-        grid=Grid(grid["crs"], tuple(grid["transform"][:6]), grid["width"], grid["height"]),
+        id=scene.id,
+        uri=resolve(scene.uri),
+        grid=scene.grid,
         ground_sample_distance_m=entry["ground_sample_distance_m"],
-        datetime=entry["datetime"],
-        attribution=entry["attribution"],
-        split=entry["split"],
+        datetime=scene.datetime,
+        attribution=scene.attribution,
+        bands=scene.visits[0].bands,
+        stretch=scene.visits[0].stretch,
     )

@@ -46,7 +46,8 @@ class SceneError(ValueError):
 class SceneSource(Config):
     """Where scenes lie: a folder, an s3:// prefix or one file, and what they do not say themselves.
 
-    `dates` maps globs over scene ids to RFC 3339 dates, for files without one; `bands` are 1-based.
+    `chip_ground_sample_distance_m` overrides the recipe's for scenes of another scale; `dates` maps globs over scene
+    ids to RFC 3339 dates, for files without one; `bands` are 1-based.
     """
 
     path: InputPath
@@ -54,6 +55,7 @@ class SceneSource(Config):
     bands: tuple[int, int, int] = (1, 2, 3)
     dates: dict[str, str] = Field(default_factory=dict)
     attribution: str = ""
+    chip_ground_sample_distance_m: float | None = Field(default=None, ge=0.05, le=1000)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Scene:
     attribution: str
     visits: tuple[Visit, ...]
     split: str = "train"
+    chip_ground_sample_distance_m: float | None = None  # None: the recipe's
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON gives it back."""
@@ -91,7 +94,9 @@ class Scene:
 def scene_from_json(document: dict[str, Any]) -> Scene:
     """The inverse of `Scene.to_json`."""
     grid = document["grid"]
-    values = {key: document[key] for key in ("id", "uri", "datetime", "attribution", "split")}
+    values = {
+        key: document[key] for key in ("id", "uri", "datetime", "attribution", "split", "chip_ground_sample_distance_m")
+    }
     visits = tuple(
         Visit(**visit | {"bands": tuple(visit["bands"]), "stretch": _pairs(visit["stretch"])})
         for visit in document["visits"]
@@ -141,7 +146,8 @@ def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
             visit = _visit(dataset, place, source.bands)
     except rasterio.errors.RasterioError as error:
         raise SceneError("unreadable", f"{place}: {error}") from error
-    return Scene(scene_id, uri, grid, datetime, source.attribution, (visit,))
+    scale = source.chip_ground_sample_distance_m
+    return Scene(scene_id, uri, grid, datetime, source.attribution, (visit,), chip_ground_sample_distance_m=scale)
 
 
 def _check(dataset: Any, bands: tuple[int, ...]) -> None:
@@ -209,20 +215,33 @@ def to_colours(raw_BHW: np.ndarray, visit: Visit) -> np.ndarray:
     return np.concatenate([np.where(valid_HW, colours_BHW, 0).astype(np.uint8), valid_HW[None] * np.uint8(255)])
 
 
-def open_pixels(scene: Scene) -> xarray.DataArray:
-    """Lazy uint8 (4, H, W) of a scene: red, green, blue, validity. Nothing is read before a window is asked for.
+@dataclass(frozen=True)
+class Layer:
+    """One visit, opened: all its bands, lazily, on the scene's grid."""
+
+    raw: xarray.DataArray
+    visit: Visit
+
+    def colours(self, rows: slice, columns: slice) -> xarray.DataArray:
+        """Lazy uint8 (4, H, W) of a window. Cut before anything is computed: dask reads no more than the window then."""
+        raw = self.raw.data[:, rows, columns]
+        values = raw.map_blocks(to_colours, self.visit, dtype=np.uint8, chunks=((4,), *raw.chunks[1:]))
+        return xarray.DataArray(values, dims=("band", "y", "x"))
+
+
+def open_pixels(scene: Scene) -> list[Layer]:
+    """The lazy rasters of a scene, one per visit, all on its grid. Nothing is read before a window is asked for.
 
     Raises:
         SceneError: reason unreadable, if a file cannot be opened any more.
     """
     try:
-        layers = [_open_visit(visit, scene.grid, is_first=index == 0) for index, visit in enumerate(scene.visits)]
+        return [_open_visit(visit, scene.grid, is_first=index == 0) for index, visit in enumerate(scene.visits)]
     except rasterio.errors.RasterioError as error:
         raise SceneError("unreadable", f"{scene.id}: {error}") from error
-    return layers[0] if len(layers) == 1 else _median(layers)
 
 
-def _open_visit(visit: Visit, grid: Grid, *, is_first: bool) -> xarray.DataArray:
+def _open_visit(visit: Visit, grid: Grid, *, is_first: bool) -> Layer:
     path = storage.gdal_path(visit.uri)
     if is_first and not visit.has_mask:
         raw = rioxarray.open_rasterio(path, chunks=_CHUNKS, lock=False, driver=DRIVER)
@@ -238,8 +257,7 @@ def _open_visit(visit: Visit, grid: Grid, *, is_first: bool) -> xarray.DataArray
             raw = rioxarray.open_rasterio(warped, chunks=_CHUNKS, lock=False, driver=DRIVER)
     if not isinstance(raw, xarray.DataArray):
         raise SceneError("unreadable", f"{visit.uri}: holds several rasters")
-    colours = raw.data.map_blocks(to_colours, visit, dtype=np.uint8, chunks=((4,), *raw.data.chunks[1:]))
-    return xarray.DataArray(colours, dims=("band", "y", "x"))
+    return Layer(raw, visit)
 
 
 def _median(layers: list[xarray.DataArray]) -> xarray.DataArray:
@@ -249,13 +267,15 @@ def _median(layers: list[xarray.DataArray]) -> xarray.DataArray:
     return xarray.concat([colours, stack[:, 3:].max("date")], dim="band")
 
 
-def read_window(pixels: xarray.DataArray, row: int, column: int, height: int, width: int) -> np.ndarray:
+def read_window(layers: list[Layer], row: int, column: int, height: int, width: int) -> np.ndarray:
     """uint8 (height, width, 4) of a window inside the scene, on the calling thread (Ray gives the parallelism).
 
     Raises:
         SceneError: reason unreadable: a block that is cut off or damaged.
     """
-    window = pixels[:, row : row + height, column : column + width]
+    rows, columns = slice(row, row + height), slice(column, column + width)
+    colours = [layer.colours(rows, columns) for layer in layers]
+    window = colours[0] if len(colours) == 1 else _median(colours)
     try:
         values_BHW = window.compute(scheduler="synchronous").values
     except (rasterio.errors.RasterioError, OSError) as error:
@@ -274,4 +294,4 @@ def compose(name: str, scenes: list[Scene]) -> Scene:
     first = scenes[0]
     visits = tuple(visit for scene in scenes for visit in scene.visits)
     latest = max(scene.datetime for scene in scenes)
-    return Scene(name, first.uri, first.grid, latest, first.attribution, visits)
+    return replace(first, id=name, datetime=latest, visits=visits)

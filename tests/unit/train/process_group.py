@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as spawn
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import spawn
 
 
 def run_processes(world_size: int, folder: Path, function: Callable[..., dict[str, torch.Tensor]], *arguments):
     """`function(*arguments)` on every process; the tensors that each returned, by rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    spawn.spawn(_one_process, (world_size, folder, function, arguments), nprocs=world_size)
+    spawn(_one_process, (world_size, folder, function, arguments), nprocs=world_size)
     return [load_file(folder / f"{rank}.safetensors") for rank in range(world_size)]
 
 

@@ -54,35 +54,35 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         )
 
 
-@pytest.fixture(scope="module")
-def single() -> dict[str, torch.Tensor]:
-    return train("plain", LossConfig())
+LOSSES = {"softmax": LossConfig(), "focal": LossConfig("focal_sigmoid", caption_weight=2.0)}
+CROSSINGS = (("zero1", "plain"), ("plain", "zero1"), ("zero2", "zero3"), ("zero3", "zero2"), ("zero0", "zero0"))
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig("focal_sigmoid", caption_weight=2.0)])
-def test_two_plain_processes_equal_one(tmp_path: Path, loss: LossConfig) -> None:
-    first, second = run_processes(2, tmp_path, train, "plain", loss)
-    assert_same(second, first, 0.0)
-    assert_same(first, train("plain", loss), 1e-5)
+def train_all(kinds: tuple[str, ...], crossings: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    """All in one set of processes: importing DeepSpeed costs more than the training."""
+    results = {f"plain, {name}": train("plain", loss) for name, loss in LOSSES.items()}
+    results |= {kind: train(kind, LossConfig()) for kind in kinds}
+    results |= {f"{first} then {second}": train(first, LossConfig(), second) for first, second in crossings}
+    return {f"{case}|{name}": value for case, tensors in results.items() for name, value in tensors.items()}
 
 
-def every_stage(world: int) -> dict[str, torch.Tensor]:
-    """All stages in one pair of processes: importing DeepSpeed costs more than the training."""
-    results = {}
-    for kind in ("zero0", "zero1", "zero2", "zero3"):
-        results |= {f"{kind}|{name}": value for name, value in train(kind, LossConfig()).items()}
-    for pair in (("zero1", "plain"), ("plain", "zero1"), ("zero2", "zero3"), ("zero3", "zero2"), ("zero0", "zero0")):
-        results |= {f"{'>'.join(pair)}|{name}": v for name, v in train(pair[0], LossConfig(), pair[1]).items()}
-    return results
+def cases_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    cases: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        case, name = key.split("|")
+        cases.setdefault(case, {})[name] = value
+    return cases
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_zero_stage_equals_the_plain_engine(tmp_path: Path, single, world_size: int) -> None:
-    ranks = run_processes(world_size, tmp_path, every_stage, world_size)
+@pytest.mark.parametrize(("world_size", "crossings"), [(1, ()), (2, CROSSINGS)])
+def test_every_engine_and_world_size_trains_the_same_model(tmp_path: Path, world_size: int, crossings) -> None:
+    single = {name: train("plain", loss) for name, loss in LOSSES.items()}
+    ranks = run_processes(world_size, tmp_path, train_all, ("zero0", "zero1", "zero2", "zero3"), crossings)
     for tensors in ranks:
-        for kind in sorted({name.split("|")[0] for name in tensors}):
-            own = {name.split("|")[1]: value for name, value in tensors.items() if name.startswith(f"{kind}|")}
-            assert_same(own, single, 1e-5)
+        cases = cases_of(tensors)
+        assert len(cases) == 6 + len(crossings)
+        for case, actual in cases.items():
+            assert_same(actual, single["focal" if "focal" in case else "softmax"], 1e-5)
 
 
 def test_deepspeed_without_a_process_group_says_so() -> None:

@@ -1,0 +1,124 @@
+"""Scenes: masks, stretches, dates and composites, and the files that are no scenes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+
+from rsplatform.config import ConfigError
+from rsplatform.sources.scenes import (
+    Scene,
+    SceneError,
+    SceneSource,
+    compose,
+    describe_scene,
+    find_scene_files,
+    open_pixels,
+    read_window,
+    scene_from_json,
+)
+
+
+def write_tiff(path: Path, pixels_BHW: np.ndarray, **options: Any) -> Path:
+    profile: dict[str, Any] = {"crs": "EPSG:32614", "transform": from_origin(500_000, 4_000_000, 2, 2)}
+    profile |= {"count": len(pixels_BHW), "height": pixels_BHW.shape[1], "width": pixels_BHW.shape[2]}
+    with rasterio.open(path, "w", driver="GTiff", dtype=pixels_BHW.dtype, **profile | options) as target:
+        target.write(pixels_BHW)
+    return path
+
+
+def describe(path: Path) -> Scene:
+    return describe_scene(path.name, str(path), SceneSource(path=str(path)))
+
+
+@pytest.fixture
+def noise_BHW() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 255, (3, 300, 200)).astype(np.uint8)
+
+
+def test_a_window_holds_the_files_pixels_and_validity(tmp_path: Path, noise_BHW: np.ndarray) -> None:
+    noise_BHW[:, :10] = 0
+    scene = describe(write_tiff(tmp_path / "a_20200102.tif", noise_BHW, nodata=0))
+    window_HW4 = read_window(open_pixels(scene), 5, 20, 40, 30)
+    np.testing.assert_array_equal(window_HW4[5:, :, :3], np.moveaxis(noise_BHW[:, 10:45, 20:50], 0, 2))
+    assert (window_HW4[:5, :, 3] == 0).all() and (window_HW4[5:, :, 3] == 255).all()
+    assert scene.datetime == "2020-01-02T00:00:00Z"
+    assert scene.grid.ground_sample_distance_m() == pytest.approx(2, rel=1e-3)
+    assert scene_from_json(json.loads(json.dumps(scene.to_json()))) == scene
+
+
+def test_uint16_is_stretched_by_percentiles_of_the_scene(tmp_path: Path) -> None:
+    ramp = np.linspace(1000, 3000, 100 * 100).reshape(1, 100, 100).astype(np.uint16).repeat(3, axis=0)
+    scene = describe(write_tiff(tmp_path / "ramp.tif", ramp))
+    colours = read_window(open_pixels(scene), 0, 0, 100, 100)
+    expected = np.clip((ramp[0] - 1040) / (2960 - 1040), 0, 1) * 255
+    assert np.abs(colours[:, :, 0] - expected).max() < 2
+
+
+def test_the_median_of_dates_lies_on_the_first_grid_and_ignores_nodata(tmp_path: Path) -> None:
+    members = []
+    for number, (value, origin) in enumerate(((50, 500_000), (90, 500_020), (100, 500_020))):
+        pixels = np.full((3, 60, 60), value, np.uint8)
+        pixels[:, 30:40, 30:40] = 0 if number == 1 else value
+        transform = from_origin(origin, 4_000_000, 2, 2)
+        members.append(describe(write_tiff(tmp_path / f"v{number}.tif", pixels, nodata=0, transform=transform)))
+    window = read_window(open_pixels(compose("place", members)), 0, 0, 60, 60)
+    assert window[2, 2].tolist() == [50, 50, 50, 255], "only the first date covers the west"
+    assert window[20, 30].tolist() == [90, 90, 90, 255]
+    assert window[35, 45].tolist() == [75, 75, 75, 255], "the median of 50 and 100, as the second has no data"
+
+
+def bad_files(folder: Path, noise_BHW: np.ndarray) -> dict[str, Path]:
+    good = write_tiff(folder / "good.tif", noise_BHW, tiled=True, blockxsize=64, blockysize=64)
+    vrt = folder / "disguise.tif"
+    vrt.write_text(
+        '<VRTDataset rasterXSize="200" rasterYSize="300"><SRS>EPSG:32614</SRS>'
+        "<GeoTransform>0,1,0,0,0,-1</GeoTransform>"
+        f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{good}</SourceFilename>'
+        "</SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    with rasterio.open(vrt):
+        pass  # red: without a named driver the disguise works
+    (folder / "empty.tif").write_bytes(b"")
+    (folder / "header_cut.tif").write_bytes(good.read_bytes()[:100])
+    (folder / "text.tif").write_text("no picture")
+    return {
+        "disguise": vrt,
+        "missing": folder / "absent.tif",
+        "empty": folder / "empty.tif",
+        "cut": folder / "header_cut.tif",
+        "text": folder / "text.tif",
+        "no_crs": write_tiff(folder / "no_crs.tif", noise_BHW, crs=None),
+        "too_few_bands": write_tiff(folder / "grey.tif", noise_BHW[:1]),
+        "no_data": write_tiff(folder / "blank.tif", np.zeros_like(noise_BHW), nodata=0),
+    }
+
+
+def test_files_that_are_no_scenes_say_why(tmp_path: Path, noise_BHW: np.ndarray) -> None:
+    for name, path in bad_files(tmp_path, noise_BHW).items():
+        with pytest.raises(SceneError) as error:
+            describe(path)
+        assert error.value.reason == (name if name in {"no_crs", "too_few_bands", "no_data"} else "unreadable")
+        assert path.name in error.value.detail
+
+
+def test_a_cut_file_opens_but_its_missing_blocks_are_errors(tmp_path: Path, noise_BHW: np.ndarray) -> None:
+    whole = write_tiff(tmp_path / "whole.tif", noise_BHW, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
+    scene = describe(whole)
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    pixels = open_pixels(scene)
+    assert read_window(pixels, 0, 0, 64, 64).shape == (64, 64, 4)
+    with pytest.raises(SceneError, match="unreadable"):
+        read_window(pixels, 250, 100, 40, 40)
+
+
+def test_missing_places_and_patterns_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent does not exist"):
+        find_scene_files(SceneSource(path=str(tmp_path / "absent")), str)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ConfigError, match=r"matches '\*.tif'"):
+        find_scene_files(SceneSource(path=str(tmp_path)), str)
