@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the job failed, 2 the call, recipe or cluster file is wron
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,16 @@ def run_job(job: str, config_class: type[StageConfig], front_door: FrontDoor, ex
         datefmt="[%X]",
         handlers=[RichHandler(console=Console(stderr=True))],
     )
+    _quieten()
     sys.exit(_run(job, config_class, front_door, example, sys.argv[1:]))
+
+
+def _quieten() -> None:
+    """Silence what says nothing to a user: warnings at every fork+exec, a line a request of our own client."""
+    for message in ("lance is not fork-safe", "lancedb fork support"):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("httpx", "numexpr", "mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _run(job: str, config_class: type[StageConfig], front_door: FrontDoor, example: str, arguments: list[str]) -> int:

@@ -26,16 +26,22 @@ def ray_runtime(cluster: Cluster) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     joins = cluster.ray_address is not None or "RAY_ADDRESS" in os.environ
-    if not joins:
+    env_vars = {key: str(value) for key, value in gdal_options().items()}
+    if joins:
+        ray.init(address=cluster.ray_address, runtime_env={"env_vars": env_vars}, logging_level=logging.WARNING)
+    else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    local = {} if joins else {"num_cpus": cluster.num_cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(
-        address=cluster.ray_address if joins else "local",
-        runtime_env={"env_vars": {key: str(value) for key, value in gdal_options().items()}},
-        logging_level=logging.WARNING,
-        log_to_driver=True,
-        **local,
-    )
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves training beside any other work
+        ray.init(
+            address="local",
+            num_cpus=cluster.num_cpus,
+            include_dashboard=False,
+            # Jobs report progress themselves; without a dashboard Ray Train would print a warning every second.
+            log_to_driver=False,
+            runtime_env={"env_vars": env_vars},
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
     try:
         yield
     finally:

@@ -81,6 +81,10 @@ class Run:
         rows = [Metric(_metric_name(key), float(value), now, step) for key, value in metrics.items()]
         _client(self.uri).log_batch(self.run_id, metrics=rows)
 
+    def latest_metrics(self) -> dict[str, float]:
+        """The last value of each metric (another process may be the one that writes them)."""
+        return dict(_client(self.uri).get_run(self.run_id).data.metrics)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; values are redacted and cut to MLflow's limit."""
         from mlflow.entities import RunTag

@@ -9,7 +9,7 @@ Shapes: B batch, H W pixels, C channels.
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ def pick_threshold(scores_N: np.ndarray, labels_N: np.ndarray, min_precision: fl
     raise ValueError(f"no threshold reaches precision {min_precision} on the held-out pictures; give more labels")
 
 
-def save_overhead(model: OverheadNet, uri: str, description: dict[str, object]) -> None:
+def save_overhead(model: OverheadNet, uri: str, description: Mapping[str, object]) -> None:
     """Write the weights, and the description with the threshold, below `uri`."""
     storage.write_bytes(
         f"{uri}/{WEIGHTS}", save({name: value.contiguous() for name, value in model.state_dict().items()})

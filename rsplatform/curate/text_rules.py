@@ -22,6 +22,7 @@ _INSTRUCTION = re.compile(
     r"|\b(?:respond|answer|reply|output|print|say|write)\b.{0,30}\b(?:only|exactly|with|yes|score)\b.{0,30}\b(?:only|exactly|word|yes|1\.0)\b"
     r"|\bas an? (?:ai|language model)|\b(?:classify|label|mark|rate|score) (?:this|the) (?:image|picture|pair|sample)"
     r"|\[/?inst\]|<\|"
+    r"|\b(?:drop|select|insert|delete)\b.{0,20}\b(?:table|from|into)\b.*(?:;|--)|';"
 )
 _BOILERPLATE = re.compile(
     r"(?i)\b(?:click (?:here|to|for)|stock (?:photo|image|vector|illustration)s?|royalty[- ]free|shutterstock"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xarray
 from PIL import Image
 from pydantic import Field
 from rich.progress import track
@@ -28,6 +27,7 @@ from rsplatform.localize.scene import SceneReader, Strip, score_strips, upsample
 from rsplatform.localize.vectorize import Legend, write_mask, write_polygons, write_scores
 from rsplatform.model.embedder import Embedder
 from rsplatform.sources.scenes import (
+    Layer,
     Scene,
     SceneError,
     SceneSource,
@@ -131,7 +131,8 @@ def _pixel_strips(reader: SceneReader, job: Job) -> Iterator[Strip]:
 
 def resampled(scene: Scene, ground_sample_distance_m: float) -> tuple[SceneReader, Grid]:
     """The scene as the model sees it, lazily: uint8 windows and validity at the model's scale, and their grid."""
-    pixels = open_pixels(scene)
+    layers = open_pixels(scene)
+    source_size = (scene.grid.height, scene.grid.width)
     height_m, width_m = scene.grid.pixel_size_m()
     height = max(1, round(scene.grid.height * height_m / ground_sample_distance_m))
     width = max(1, round(scene.grid.width * width_m / ground_sample_distance_m))
@@ -140,7 +141,8 @@ def resampled(scene: Scene, ground_sample_distance_m: float) -> tuple[SceneReade
     transform = (affine.a, affine.b, affine.c, affine.d, affine.e, affine.f)
 
     def read(row: int, column: int, rows: int, columns: int) -> np.ndarray:
-        return _resample(pixels, (row, column, rows, columns), (scale_y, scale_x))
+        source = Source(layers, source_size, (scale_y, scale_x))
+        return _resample(source, (row, column, rows, columns))
 
     def read_colours(row: int, column: int, rows: int, columns: int) -> np.ndarray:
         return read(row, column, rows, columns)[..., :3]
@@ -151,16 +153,25 @@ def resampled(scene: Scene, ground_sample_distance_m: float) -> tuple[SceneReade
     return SceneReader(height, width, read_colours, read_valid), Grid(scene.grid.crs, transform, width, height)
 
 
-def _resample(pixels: xarray.DataArray, window: tuple[int, int, int, int], scale: tuple[float, float]) -> np.ndarray:
+@dataclass(frozen=True)
+class Source:
+    """A scene's lazy rasters, its size in its own pixels, and how many of them make one of the target (y, x)."""
+
+    layers: list[Layer]
+    size_px: tuple[int, int]
+    scale: tuple[float, float]
+
+
+def _resample(source: Source, window: tuple[int, int, int, int]) -> np.ndarray:
     """Window (row, column, height, width) of the scaled picture; reads a margin, so windows meet without seams."""
     row, column, rows, columns = window
-    top, bottom, first_row, end_row = _span(row, rows, scale[0], pixels.shape[1])
-    left, right, first_column, end_column = _span(column, columns, scale[1], pixels.shape[2])
-    source = read_window(pixels, first_row, first_column, end_row - first_row, end_column - first_column)
+    top, bottom, first_row, end_row = _span(row, rows, source.scale[0], source.size_px[0])
+    left, right, first_column, end_column = _span(column, columns, source.scale[1], source.size_px[1])
+    pixels = read_window(source.layers, first_row, first_column, end_row - first_row, end_column - first_column)
     box = (left - first_column, top - first_row, right - first_column, bottom - first_row)
     bands = [
-        Image.fromarray(np.ascontiguousarray(source[..., band])).resize((columns, rows), Image.Resampling.BILINEAR, box)
-        for band in range(source.shape[2])
+        Image.fromarray(np.ascontiguousarray(pixels[..., band])).resize((columns, rows), Image.Resampling.BILINEAR, box)
+        for band in range(pixels.shape[2])
     ]
     return np.stack([np.asarray(band) for band in bands], axis=-1)
 

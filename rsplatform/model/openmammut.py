@@ -66,17 +66,11 @@ def config_of_layout(config: Mapping[str, Any], origin: str) -> MammutConfig:
     vision = _checked(config, "vision", _VISION_KEYS, origin)
     text = _checked(config, "text", _TEXT_KEYS, origin)
     width = vision["width"]
-    if "heads" in vision:
-        vision_heads = vision["heads"]
-    elif "head_width" in vision:
-        vision_heads = width // vision["head_width"]
-    else:
-        raise WeightsError(f"{origin}: vision needs 'heads' or 'head_width'; the weights do not tell it")
     return MammutConfig(
         vision=VisionConfig(
             width=width,
             num_layers=vision["layers"],
-            num_heads=vision_heads,
+            num_heads=_vision_heads(vision, origin),
             mlp_width=int(width * vision.get("mlp_ratio", 4)),
             patch_size=vision["patch_size"],
             image_size=vision["image_size"],
@@ -102,6 +96,14 @@ def config_of_layout(config: Mapping[str, Any], origin: str) -> MammutConfig:
         ),
         embedding_width=text["width"],
     )
+
+
+def _vision_heads(vision: Mapping[str, Any], origin: str) -> int:
+    if "heads" in vision:
+        return vision["heads"]
+    if "head_width" in vision:
+        return vision["width"] // vision["head_width"]
+    raise WeightsError(f"{origin}: vision needs 'heads' or 'head_width'; the weights do not tell it")
 
 
 def _checked(config: Mapping[str, Any], part: str, valid: set[str], origin: str) -> dict[str, Any]:

@@ -98,15 +98,19 @@ def _read_frames(place: str, source: LandmarkSource) -> tuple[list[Any], list[Dr
         start, stop = pending.pop()
         try:
             frame = pyogrio.read_dataframe(path, skip_features=start, max_features=stop - start, **options)
+            problem = "" if len(frame) == stop - start else f"{len(frame)} of {stop - start} records could be read"
         except _DAMAGED as error:
-            if stop - start == 1:
-                drops.append(Drop(f"{PurePosixPath(place).stem}/{start}", "damaged", str(error)))
-                continue
+            frame, problem = None, str(error)
+        if not problem and frame is not None:
+            frame["_record"] = range(start, stop)
+            # read on their own, damaged records come without their geometry
+            frame["_is_damaged"] = frame.geometry.isna() if stop - start < num_records else False
+            frames.append(_to_lonlat(frame, place))
+        elif stop - start == 1:
+            drops.append(Drop(f"{PurePosixPath(place).stem}/{start}", "damaged", problem))
+        else:
             middle = (start + stop) // 2
             pending += [(middle, stop), (start, middle)]
-            continue
-        frame["_record"] = range(start, start + len(frame))
-        frames.append(_to_lonlat(frame, place))
     return frames, drops
 
 
@@ -134,7 +138,9 @@ def _landmarks(frame: Any, source: LandmarkSource, stem: str) -> tuple[list[Land
     for row, geometry in zip(rows, geometries, strict=True):
         landmark_id = f"{stem}/{_text(row, 'id') or _text(row, 'osm_id') or row['_record']}"
         kind = source.kind or _kind(row, source)
-        if geometry is None or geometry.is_empty:
+        if row["_is_damaged"]:
+            drops.append(Drop(landmark_id, "damaged", f"record {row['_record']}: its geometry cannot be read"))
+        elif geometry is None or geometry.is_empty:
             drops.append(Drop(landmark_id, "no_geometry", "empty, or nothing is left of it after repair"))
         elif not kind:
             drops.append(

@@ -223,7 +223,7 @@ class Layer:
     visit: Visit
 
     def colours(self, rows: slice, columns: slice) -> xarray.DataArray:
-        """Lazy uint8 (4, H, W) of a window. Cut before anything is computed: dask reads no more than the window then."""
+        """Lazy uint8 (4, H, W) of a window. Cut first, so that dask reads no more than that."""
         raw = self.raw.data[:, rows, columns]
         values = raw.map_blocks(to_colours, self.visit, dtype=np.uint8, chunks=((4,), *raw.chunks[1:]))
         return xarray.DataArray(values, dims=("band", "y", "x"))

@@ -24,6 +24,7 @@ from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.engine import MODEL
 from rsplatform.train.pretrain import EMA, Progress, TrainingDivergedError
+from rsplatform.train.progress import shown_progress
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.worker import (
     WorkerJob,
@@ -35,6 +36,10 @@ from rsplatform.train.worker import (
 )
 
 logger = logging.getLogger("rsplatform.train")
+
+# glibc gives large blocks back to the kernel at every free and pays for their pages again at every step: keeping
+# them made a CPU step 1.2 × faster (AMD EPYC, 2026-11-21). Read when a process starts.
+WORKER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
 def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
@@ -106,10 +111,12 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
             storage_path=path,
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=placement.max_failures),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        with shown_progress(job.run, job.config.curriculum.num_steps):
+            outcome = trainer.fit().return_value
     finally:
         system.delete_dir(path)
     return outcome or {}

@@ -27,10 +27,10 @@ from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.loader import Loader, LoaderConfig, Share
 from rsplatform.train.pretrain import Hooks, Progress, TrainingDivergedError, fit
+from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.validate import validation_losses
 
-LOG_EVERY_SECONDS = 10
 # Enough held-out samples for a steady loss, few enough to cost a small part of the training.
 VALIDATION_SAMPLES = 1024
 
@@ -118,22 +118,22 @@ class Recorder:
         self._last_line = 0.0
 
     def report(self, metrics: dict[str, float], step: int) -> None:
-        """Metrics to MLflow, to the history and, every 10 seconds, to the log."""
+        """Metrics to MLflow, to the history and, in local mode now and then, to the log."""
         if not self.is_first:
             return
         self.history.append({"step": step, **metrics})
         if self.job.run is not None:
-            self.job.run.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step)
+            tracked = {f"train/{name}": value for name, value in metrics.items()}
+            self.job.run.log_metrics(tracked | {STEP_METRIC: step}, step)
         if self.job.on_report is not None:
             self.job.on_report(metrics, step)
+        if self.job.placement.launcher == "ray":  # its driver shows the progress
+            return
         num_steps = self.job.config.curriculum.num_steps
-        if "loss" in metrics and (step == num_steps or time.monotonic() - self._last_line > LOG_EVERY_SECONDS):
+        if "loss" in metrics and (step == num_steps or time.monotonic() - self._last_line > LINE_EVERY_SECONDS):
             self._last_line = time.monotonic()
-            logger.info(
-                "step %d/%d  loss %.3f (contrastive %.3f, caption %.3f)  %.1f samples/s  data wait %.1f %%",
-                *(step, num_steps, metrics["loss"], metrics["contrastive"], metrics["caption"]),
-                *(metrics["samples_per_s"], 100 * metrics["data_wait_fraction"]),
-            )
+            line = describe({f"train/{name}": value for name, value in metrics.items()})
+            logger.info("step %d/%d  %s", step, num_steps, line)
 
     def save(self, tensors: Mapping[str, torch.Tensor], progress: Progress) -> None:
         """The history first, so that it is never shorter than its checkpoint."""

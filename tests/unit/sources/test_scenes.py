@@ -55,7 +55,7 @@ def test_uint16_is_stretched_by_percentiles_of_the_scene(tmp_path: Path) -> None
     ramp = np.linspace(1000, 3000, 100 * 100).reshape(1, 100, 100).astype(np.uint16).repeat(3, axis=0)
     scene = describe(write_tiff(tmp_path / "ramp.tif", ramp))
     colours = read_window(open_pixels(scene), 0, 0, 100, 100)
-    expected = np.clip((ramp[0] - 1040) / (2960 - 1040), 0, 1) * 255
+    expected = np.clip((ramp[0].astype(float) - 1040) / (2960 - 1040), 0, 1) * 255
     assert np.abs(colours[:, :, 0] - expected).max() < 2
 
 
