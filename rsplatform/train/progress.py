@@ -43,7 +43,7 @@ def _watch(run: Run, num_steps: int, stop: threading.Event) -> None:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    is_terminal = sys.stderr.isatty()
+    console = Console(stderr=True)
     last_line, last_step = time.monotonic(), -1
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting workers", total=num_steps)

@@ -1,0 +1,104 @@
+"""The filter without Ray: bad pictures and copies are dropped with a reason, and nothing it was trained on gets in."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rsplatform import storage
+from rsplatform.cluster import Cluster
+from rsplatform.config import load_config
+from rsplatform.curate.filter_web import FilterWebConfig, ReadCandidates
+from rsplatform.curate.overhead import TrainOverheadConfig
+from rsplatform.curate.overhead_model import average_precision, pick_threshold
+from rsplatform.curate.picture_hash import NearIndex, content_hash, difference_hash
+from rsplatform.sources.web import ParquetCandidates, count_candidates, read_candidates
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def encoded(image_HWC: np.ndarray, image_format: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def smooth_picture(seed: int) -> np.ndarray:
+    small = np.random.default_rng(seed).integers(0, 255, (9, 9, 3)).astype(np.uint8)
+    return np.asarray(Image.fromarray(small).resize((120, 100), Image.Resampling.BICUBIC))
+
+
+def bomb() -> bytes:
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    body = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def test_each_bad_picture_is_a_drop_and_the_rest_goes_on(tmp_path: Path) -> None:
+    good, evaluation = smooth_picture(0), smooth_picture(1)
+    jpeg = encoded(good, "JPEG", quality=90)
+    text = "an aerial view of a harbour"
+    rows = [
+        ("good", jpeg, text),
+        ("empty", b"", text),
+        ("cut", jpeg[: len(jpeg) // 3], text),
+        ("bomb", bomb(), text),
+        ("absent", None, text),
+        ("copy", encoded(evaluation, "JPEG", quality=60), text),
+        ("junk", jpeg, "IMG_1234.jpg of the day"),
+    ]
+    ids, images, texts = zip(*rows, strict=True)
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"id": ids, "image": pa.array(images, pa.binary()), "alt_text": texts}), path)
+    hashes = {"val/1": [content_hash(evaluation), difference_hash(evaluation).hex()]}
+    storage.write_json(str(tmp_path / "hashes.json"), hashes)
+    source = ParquetCandidates(path=str(path))
+    config = FilterWebConfig(output="web_pairs/t/v1", overhead="overhead/t/v1", candidates=[source])
+    read = ReadCandidates(config, Cluster(root=str(tmp_path)), str(tmp_path / "hashes.json"))
+    table = read({"shard": "0", "source": 0, "start": 0, "stop": len(rows)})
+    reasons = dict(zip(table["id"].to_pylist(), table["drop_reason"].to_pylist(), strict=True))
+    expected = ["empty", "unreadable", "too_many_pixels", "no_image", "evaluation_image", "file_name"]
+    assert reasons == dict(zip(ids, [None, *expected], strict=True))
+
+
+def test_near_copies_are_found_and_other_pictures_are_not() -> None:
+    index = NearIndex()
+    for seed in range(30):
+        index.add(str(seed), difference_hash(smooth_picture(seed)))
+    picture = Image.open(io.BytesIO(encoded(smooth_picture(7), "JPEG", quality=40))).resize((90, 75))
+    assert index.find(difference_hash(np.asarray(picture))) == "7"
+    assert index.find(difference_hash(smooth_picture(99))) is None
+
+
+def test_average_precision_counts_ties_against_the_model() -> None:
+    labels = np.array([True, False, True, False])
+    assert average_precision(np.array([0.9, 0.2, 0.8, 0.1]), labels) == 1.0
+    assert average_precision(np.full(4, 0.5), labels) == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert pick_threshold(np.array([0.9, 0.2, 0.8, 0.85]), labels, 0.6) == 0.2 + 0.6
+    with pytest.raises(ValueError, match="no threshold"):
+        pick_threshold(np.array([0.1, 0.9]), np.array([True, False]), 0.9)
+
+
+def test_training_pictures_of_the_real_recipe_are_not_among_its_candidates(data_root: Path) -> None:
+    cluster = Cluster(root="unused", data_root=str(data_root))
+    training = load_config(TrainOverheadConfig, REPOSITORY / "configs/train_overhead/real.yaml")
+    filtering = load_config(FilterWebConfig, REPOSITORY / "configs/filter_web/real.yaml")
+
+    def contents(sources: list) -> set[bytes]:
+        found = set()
+        for source in sources:
+            num = count_candidates(source, cluster.resolve)
+            found |= {item.image or b"" for item in read_candidates(source, cluster.resolve, 0, num)}
+        return found
+
+    trained_on = contents([item.source for item in training.training])
+    candidates = contents(filtering.candidates)
+    assert len(trained_on) >= 600 and len(candidates) >= 3700
+    assert not trained_on & candidates
