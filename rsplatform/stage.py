@@ -105,9 +105,7 @@ def plan(config: StageConfig, cluster: Cluster) -> list[str]:
         ConfigError: a source path that does not exist.
     """
     jobs = [(name, getattr(config, name)) for name in type(config).model_fields]
-    lines = [
-        f"{name}: {line}" for name, job in jobs if isinstance(job, StageConfig) for line in plan(job, cluster)
-    ]
+    lines = [f"{name}: {line}" for name, job in jobs if isinstance(job, StageConfig) for line in plan(job, cluster)]
     for path, value, is_artifact in iter_inputs(config):
         if is_artifact or value.startswith("artifact://"):
             ref = input_artifacts(config)[path]

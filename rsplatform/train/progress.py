@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rsplatform.tracking import Run

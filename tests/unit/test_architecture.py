@@ -13,7 +13,20 @@ PACKAGE = REPOSITORY / "rsplatform"
 
 # Lower rooms may not import higher ones. The floor is what every room stands on.
 FLOOR = {"records", "geo", "config", "cluster", "storage", "artifacts", "ledger", "tracking", "stage", "runtime", "cli"}
-FLOW = ["world", "sources", "model", "curate", "dataset", "train", "localize", "evaluate", "index", "serve", "summary", "demo"]
+FLOW = [
+    "world",
+    "sources",
+    "model",
+    "curate",
+    "dataset",
+    "train",
+    "localize",
+    "evaluate",
+    "index",
+    "serve",
+    "summary",
+    "demo",
+]
 
 RAY_RIM = {
     "runtime.py",
