@@ -28,7 +28,7 @@ class TemplateCaptioner(Config):
     """Sentences from kinds, counts, sizes and positions of the landmarks."""
 
     type: Literal["template"] = "template"
-    num_captions: int = Field(default=5, ge=1, le=20)
+    num_captions: int = Field(default=6, ge=1, le=20)
 
 
 class CaptionConfig(StageConfig):

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-MASS = ("water", "forest", "grass", "scrub", "sand", "farmland", "wetland", "heath", "wood", "conservation")
+OPEN_LAND = "open land"
+# From this share of a chip without any landmark on, the rest is mentioned as open land (our default): without a word
+# for it, a model could only ever find the things themselves, never that there is none.
+OPEN_LAND_FRACTION = 0.4
+MASS = (OPEN_LAND, "water", "forest", "grass", "scrub", "sand", "farmland", "wetland", "heath", "wood", "conservation")
 # The prompt of zero-shot classification comes first (RECIPE [F]: "An aerial image of {class name}").
 OPENINGS = (
     "an aerial image of",
@@ -25,6 +29,7 @@ _PLACES = {
     "south": ("in the south", "at the bottom"),
     "west": ("in the west", "on the left"),
     "east": ("in the east", "on the right"),
+    "around": ("around", "all around"),
 }
 
 
@@ -39,7 +44,7 @@ class KindInChip:
 
 
 def summarise(landmarks: list[dict[str, Any]]) -> list[KindInChip]:
-    """The kinds of a chip, largest share first; `landmarks` as in records.LANDMARK."""
+    """The kinds of a chip, largest share first, open land among them; `landmarks` as in records.LANDMARK."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for landmark in landmarks:
         groups.setdefault(landmark["kind"], []).append(landmark)
@@ -48,6 +53,9 @@ def summarise(landmarks: list[dict[str, Any]]) -> list[KindInChip]:
         largest = max(group, key=lambda item: item["area_fraction"])
         share = min(1.0, sum(item["area_fraction"] for item in group))
         kinds.append(KindInChip(kind, len(group), share, largest["position"]))
+    uncovered = 1.0 - sum(item.area_fraction for item in kinds)
+    if kinds and uncovered >= OPEN_LAND_FRACTION:
+        kinds.append(KindInChip(OPEN_LAND, 1, uncovered, "around"))
     return sorted(kinds, key=lambda item: (-item.area_fraction, item.kind))
 
 
@@ -57,7 +65,7 @@ def write_captions(chip_id: str, landmarks: list[dict[str, Any]], num_captions: 
     if not kinds:
         return []
     chooser = random.Random(zlib.crc32(chip_id.encode()))
-    forms = [_list_all, _main_and_rest, _with_places, _smallest_first]
+    forms = [_list_all, _main_and_rest, _with_places, _smallest_first, _one_kind]
     chooser.shuffle(forms)
     captions = [f"{OPENINGS[0]} {_joined([_noun(item) for item in kinds])}"]
     captions += [forms[number % len(forms)](kinds, chooser) for number in range(num_captions * 2)]
@@ -71,6 +79,12 @@ def claims(landmarks: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def _list_all(kinds: list[KindInChip], chooser: random.Random) -> str:
     return f"{chooser.choice(OPENINGS)} {_joined([_noun(item) for item in kinds])}"
+
+
+def _one_kind(kinds: list[KindInChip], chooser: random.Random) -> str:
+    """One thing by itself, as zero-shot prompts ask for it: "an aerial image of buildings"."""
+    item = chooser.choice(kinds)
+    return f"{OPENINGS[0]} {_noun(item) if item.kind in MASS or item.count == 1 else _plural(item.kind)}"
 
 
 def _main_and_rest(kinds: list[KindInChip], chooser: random.Random) -> str:
