@@ -89,7 +89,7 @@ def _loader_of(path: Path) -> type[yaml.SafeLoader]:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in place; the value is read as YAML, so `true`, `3` and `[1, 2]` keep their types."""
+    """Set one `key.path=value` in place, lists by index; the value is read as YAML, so `3` and `[1, 2]` keep types."""
     key_path, separator, text = override.partition("=")
     keys = key_path.split(".")
     if not separator or not all(keys):
@@ -98,12 +98,18 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
-    section = values
+    section: Any = values
     for key in keys[:-1]:
-        section = section.setdefault(key, {})
-        if not isinstance(section, dict):
+        section = section[_index(section, key, override)] if isinstance(section, list) else section.setdefault(key, {})
+        if not isinstance(section, dict | list):
             raise ConfigError(f"{override!r}: {key} holds a value, not a section")
-    section[keys[-1]] = value
+    section[_index(section, keys[-1], override) if isinstance(section, list) else keys[-1]] = value
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"{override!r}: {key!r} is no index of a list of {len(items)}; the first is 0")
+    return int(key)
 
 
 def validate(config_class: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:

@@ -44,6 +44,15 @@ def test_overrides_reach_nested_keys_with_yaml_types(tmp_path: Path) -> None:
     assert recipe.output == "model/a/v2"
 
 
+def test_overrides_reach_into_lists_by_index(tmp_path: Path) -> None:
+    path = write(tmp_path, "output: model/a/v1\nsources: [{type: chips, chips: chips/a/v1}, {type: web}]\n")
+    recipe = load_config(Recipe, path, ["sources.1.folder=photos", "sources.0.extra=[a]"])
+    assert recipe.sources == [Chips(chips="chips/a/v1", extra=["a"]), Web(folder="photos")]
+    for wrong in ("sources.2.folder=x", "sources.first.folder=x"):
+        with pytest.raises(ConfigError, match="no index of a list of 2"):
+            load_config(Recipe, path, [wrong])
+
+
 def test_recipes_are_frozen(tmp_path: Path) -> None:
     recipe = load_config(Recipe, write(tmp_path, "output: model/a/v1\n"))
     with pytest.raises(ValidationError):

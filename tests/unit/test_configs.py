@@ -21,8 +21,9 @@ CLUSTERS = [path for path in sorted(REPOSITORY.glob("cluster/*.yaml")) if "metad
 def config_class_of(job: str) -> type[StageConfig]:
     """The config class that a job file hands to run_job."""
     source = (REPOSITORY / "jobs" / f"{job}.py").read_text()
-    module, name = re.search(r"from (rsplatform\.[\w.]+) import (\w+Config)", source).groups()
-    return getattr(importlib.import_module(module), name)
+    found = re.search(r"from (rsplatform\.[\w.]+) import (\w+Config)", source)
+    assert found, f"jobs/{job}.py imports no config class"
+    return getattr(importlib.import_module(found[1]), found[2])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
