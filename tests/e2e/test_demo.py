@@ -1,0 +1,203 @@
+"""The main job as a person runs it: a small cut of each recipe, from the command line to the closing summary."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import rasterio
+
+from rsplatform import tracking
+from rsplatform.artifacts import Artifact, verify
+from rsplatform.evaluate.segmentation import ConfusionMatrix
+from rsplatform.ledger import read_drops
+
+pytestmark = pytest.mark.e2e
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIMIT_S = 900
+
+SMALL_WORLD = [
+    "world.world={seed: 7, scene_size_px: 768, num_train_scenes: 6, num_val_scenes: 2, num_web_pairs: 200, "
+    "num_train_pairs: 160}",
+    "train_overhead.epochs=8",
+    "pretrain.phases.0.steps=5",
+    "pretrain.phases.1.steps=120",
+    "tune.num_trials=2",
+    "tune.recipe.phases.0.steps=20",
+    "self_train.steps_per_round=10",
+    "self_train.max_chips=60",
+    "checks.min_recall_over_chance=1.5",
+    "checks.segmentation=null",  # so short a training promises nothing about smoothing
+]
+SMALL_REAL = [
+    "ingest_scenes.scenes.0.pattern=*_b_z21.tif",
+    "train_overhead.training.0.source.rows={stop: 100}",
+    "train_overhead.training.1.source.rows={stop: 100}",
+    "train_overhead.epochs=3",
+    "filter_web.candidates.0.rows={start: 400, stop: 800}",
+    "pretrain.phases.0.steps=6",
+    "tune.num_trials=2",
+    "tune.recipe.phases.0.steps=4",
+    "self_train.steps_per_round=2",
+    "self_train.max_chips=40",
+    "checks.min_recall_over_chance=0",
+]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One finished demo: where its artifacts lie, and what it printed."""
+
+    root: str
+    printed: str
+
+    def report(self, ref: str) -> dict:
+        """The benchmarks of an evaluation."""
+        return json.loads(Path(self.root, ref, "report.json").read_text())["benchmarks"]
+
+
+def run_demo(root: Path, recipe: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
+    """The job in a process group of its own; afterwards nothing of that group may live."""
+    cluster = root / "cluster.yaml"
+    cluster.parent.mkdir(parents=True, exist_ok=True)
+    text = (REPOSITORY / "cluster" / "local.yaml").read_text().replace("./artifacts", str(root / "artifacts"))
+    cluster.write_text(text.replace("port: 8000", "port: 0"))
+    command = [sys.executable, "jobs/demo.py", recipe, str(cluster), *overrides]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, errors = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
+def left_behind(root: Path) -> list[str]:
+    """Command lines of processes that mention the demo's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if str(root) in line and process.pid != os.getpid():
+            found.append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The small cut of the world demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run_demo(folder, "configs/demo/world.yaml", SMALL_WORLD)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    assert not left_behind(folder)
+    return Demo(str(folder / "artifacts"), done.stdout)
+
+
+def test_the_summary_tells_the_whole_story(demo: Demo) -> None:
+    for word in (
+        "scenes",
+        "chips",
+        "web pairs",
+        "dataset",
+        "training",
+        "world_val",
+        "mIoU raw",
+        "smooth",
+        "self-trained",
+    ):
+        assert word in demo.printed
+    for word in ("× chance", "where in it", "lon ", "make mlflow", "make serve"):
+        assert word in demo.printed
+
+
+def test_every_artifact_is_whole_and_accounts_for_its_inputs(demo: Demo) -> None:
+    refs = [
+        "world/demo/v1", "chips/demo/v1", "overhead/demo/v1", "web_pairs/demo/v1", "captions/demo/v1",
+        "dataset/demo/v1", "model/demo/v1", "evaluation/demo/v1", "index/demo/v1", "sweep/demo/v1",
+        "localization/demo/v1", "model/demo_self_trained/v1", "evaluation/demo_self_trained/v1", "demo/world/v1",
+    ]  # fmt: skip
+    for ref in refs:
+        artifact = Artifact(demo.root, ref)
+        verify(artifact)
+        counts = artifact.manifest()["counts"]
+        if "dropped" in counts:
+            assert counts["inputs"] == counts["kept"] + sum(counts["dropped"].values()), ref
+    drops = read_drops(Artifact(demo.root, "web_pairs/demo/v1"))["reason"].to_pylist()
+    counts = Artifact(demo.root, "web_pairs/demo/v1").manifest()["counts"]
+    assert len(drops) == sum(counts["dropped"].values()) > 0
+
+
+def test_mlflow_holds_one_run_a_job_below_the_demo(demo: Demo) -> None:
+    client = tracking._client(tracking.tracking_uri(demo.root))
+    parent = Artifact(demo.root, "demo/world/v1").manifest()["mlflow_run_id"]
+    experiment = client.get_run(parent).info.experiment_id
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    names = {run.info.run_name for run in children}
+    assert {"model/demo/v1", "chips/demo/v1", "sweep/demo/v1", "evaluation/demo/v1"} <= names
+    assert all(run.info.status == "FINISHED" for run in children)
+    model = next(run for run in children if run.info.run_name == "model/demo/v1")
+    assert len(client.get_metric_history(model.info.run_id, "train/loss")) > 3
+    sweep = next(run for run in children if run.info.run_name == "sweep/demo/v1")
+    trials = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
+    assert len(trials) == 2
+
+
+def test_a_second_run_finishes_at_once_and_says_the_same(demo: Demo) -> None:
+    again = run_demo(Path(demo.root).parent, "configs/demo/world.yaml", SMALL_WORLD)
+    assert again.returncode == 0
+    assert demo.printed.split("jobs/")[0].strip() in again.stdout + demo.printed
+    assert "every arrow ran" in again.stdout
+    assert "INFO" not in again.stdout
+
+
+def test_another_recipe_under_the_same_version_is_refused(demo: Demo) -> None:
+    changed = run_demo(Path(demo.root).parent, "configs/demo/world.yaml", [*SMALL_WORLD, "search.text=water"])
+    assert changed.returncode == 2
+    assert "search.text" in changed.stderr
+    assert "new version" in changed.stderr
+
+
+def test_the_nearest_colour_reaches_at_most_60_percent_of_the_models_miou(demo: Demo) -> None:
+    """Masks are used to fit the colours, which the model never saw: the comparison favours the colours."""
+    world = Path(demo.root, "world/demo/v1")
+    centres = _class_colours(world)
+    matrix = ConfusionMatrix(len(centres))
+    for scene in sorted((world / "scenes").glob("val_*.tif")):
+        image_HWC, mask_HW = _read(scene)
+        distances = np.stack([((image_HWC - centre) ** 2).sum(axis=-1) for centre in centres])
+        matrix.update(distances.argmin(axis=0).astype(np.uint8), mask_HW)
+    by_class = matrix.scores().iou_by_class
+    colour_miou = np.mean([iou for class_id, iou in by_class.items() if class_id > 0])
+    model_miou = demo.report("evaluation/demo/v1")["world_masks"]["smooth_foreground_miou"]
+    assert colour_miou <= 0.6 * model_miou, (colour_miou, model_miou)
+
+
+def _class_colours(world: Path) -> list[np.ndarray]:
+    pairs = [_read(scene) for scene in sorted((world / "scenes").glob("train_*.tif"))]
+    pixels = np.concatenate([image[::3, ::3].reshape(-1, 3) for image, _ in pairs])
+    classes = np.concatenate([mask[::3, ::3].ravel() for _, mask in pairs])
+    return [pixels[classes == class_id].mean(axis=0) for class_id in range(9)]
+
+
+def _read(scene: Path) -> tuple[np.ndarray, np.ndarray]:
+    with rasterio.open(scene) as image, rasterio.open(scene.parent.parent / "masks" / scene.name) as mask:
+        return image.read().transpose(1, 2, 0).astype(np.float32), mask.read(1)
+
+
+def test_the_real_recipe_runs_on_a_small_cut(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RSPLATFORM_TEST_DATA", str(data_root))
+    done = run_demo(tmp_path, "configs/demo/real.yaml", SMALL_REAL)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    for word in ("rsicd_val", "whu_rs19", "kampala_buildings", "dubai", "where in it"):
+        assert word in done.stdout
+    counts = Artifact(str(tmp_path / "artifacts"), "chips/real/v1").manifest()["counts"]
+    assert counts["kept"] > 50
+    assert counts["landmarks"]["dropped"]
+    assert not left_behind(tmp_path)
