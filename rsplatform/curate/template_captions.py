@@ -83,7 +83,7 @@ def _list_all(kinds: list[KindInChip], chooser: random.Random) -> str:
 
 def _one_kind(kinds: list[KindInChip], chooser: random.Random) -> str:
     """One thing by itself, as zero-shot prompts ask for it: "an aerial image of buildings"."""
-    item = chooser.choice(kinds)
+    (item,) = chooser.choices(kinds, weights=[item.area_fraction + 0.05 for item in kinds])
     return f"{OPENINGS[0]} {_noun(item) if item.kind in MASS or item.count == 1 else _plural(item.kind)}"
 
 
