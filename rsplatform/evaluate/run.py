@@ -116,7 +116,7 @@ def segmentation(
     texts_CE = torch.from_numpy(embedder.embed_texts(prompts))
     matrices = {method: ConfusionMatrix(len(benchmark.classes)) for method in ("raw", "smooth")}
     names = []
-    maps_of = partial(_maps, embedder, texts_CE, benchmark.model_ground_sample_distance_m)
+    maps_of = partial(_maps, embedder, texts_CE, (benchmark.model_ground_sample_distance_m, window - 1))
     for picture in masked_pictures(benchmark, cluster):
         names.append(picture.name)
         labels = {
@@ -143,8 +143,9 @@ def segmentation(
 
 
 def _maps(
-    embedder: Embedder, texts_CE: torch.Tensor, model_gsd_m: float, picture: MaskedPicture, window: int
+    embedder: Embedder, texts_CE: torch.Tensor, scale: tuple[float, int], picture: MaskedPicture, window: int
 ) -> torch.Tensor:
-    return picture_maps(
-        embedder, picture.image_HWC, texts_CE, scale=picture.ground_sample_distance_m / model_gsd_m, window=window
-    )
+    """Maps at the model's scale; raw and smooth share tiles and blending, because blending steadies a map as well."""
+    model_gsd_m, edge_patches = scale
+    factor = picture.ground_sample_distance_m / model_gsd_m
+    return picture_maps(embedder, picture.image_HWC, texts_CE, scale=factor, window=window, edge_patches=edge_patches)

@@ -61,19 +61,26 @@ class Tiling:
     """Tiles of `tile_patches` squared sharing `overlap_patches` with each neighbour; window 1 gives raw maps.
 
     A patch's smooth score depends on patches up to window - 1 cells away, so that many cells along a tile's
-    inner edges are dropped, and tiles are blended linearly over what is left of the overlap.
+    inner edges are dropped (`edge_patches`, if more should be), and tiles are blended linearly over what is left of
+    the overlap. Maps of two windows are comparable only with the same `edge_patches`: blending steadies a map too.
     """
 
     tile_patches: int = 16
     overlap_patches: int = 6
     window: int = 3
     batch_tiles: int = 4
+    edge_patches: int = 0
+
+    @property
+    def dropped_patches(self) -> int:
+        """Cells along each inner edge of a tile that are not used."""
+        return max(self.window - 1, self.edge_patches)
 
     def __post_init__(self) -> None:
         """Raises ValueError if tiles leave gaps between the cells they keep."""
-        if not 2 * (self.window - 1) <= self.overlap_patches < self.tile_patches:
+        if not 2 * self.dropped_patches <= self.overlap_patches < self.tile_patches:
             raise ValueError(
-                f"overlap_patches must be at least 2 * (window - 1) = {2 * (self.window - 1)} and below "
+                f"overlap_patches must be at least 2 * (window - 1) = {2 * self.dropped_patches} and below "
                 f"tile_patches = {self.tile_patches}, got {self.overlap_patches}"
             )
         if self.batch_tiles < 1:
@@ -145,7 +152,7 @@ def _tile_starts(length: int, tiling: Tiling) -> list[int]:
 
 def _ramp(start: int, length: int, tiling: Tiling) -> torch.Tensor:
     """Weights of a tile's cells along an axis: zero in the dropped edge, rising, 1 at scene ends."""
-    size, dropped = tiling.tile_patches, tiling.window - 1
+    size, dropped = tiling.tile_patches, tiling.dropped_patches
     cells = torch.arange(size, dtype=torch.float32)
     rise = tiling.overlap_patches - 2 * dropped + 1
     ramp = torch.ones(size)
