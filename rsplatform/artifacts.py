@@ -96,15 +96,25 @@ def begin(artifact: Artifact, recipe: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         ArtifactError: the folder was made or begun by another recipe; the message lists the differences.
     """
+    check_recipe(artifact, recipe)
+    if artifact.is_finished:
+        return artifact.manifest()
+    if not storage.exists(artifact.path(RECIPE)):
+        storage.write_json(artifact.path(RECIPE), {"identity": recipe, "begun": _now()})
+    return None
+
+
+def check_recipe(artifact: Artifact, recipe: dict[str, Any]) -> None:
+    """Compare `recipe` with the one that made or began the artifact, if any; writes nothing.
+
+    Raises:
+        ArtifactError: they differ; the message lists the differences.
+    """
     if artifact.is_finished:
         manifest = artifact.manifest()
         _refuse_difference(artifact, {"config": manifest["config"], "inputs": manifest["inputs"]}, recipe)
-        return manifest
-    if storage.exists(artifact.path(RECIPE)):
+    elif storage.exists(artifact.path(RECIPE)):
         _refuse_difference(artifact, storage.read_json(artifact.path(RECIPE))["identity"], recipe)
-    else:
-        storage.write_json(artifact.path(RECIPE), {"identity": recipe, "begun": _now()})
-    return None
 
 
 def note_run(artifact: Artifact, run_id: str) -> None:

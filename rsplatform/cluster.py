@@ -105,6 +105,7 @@ def load_cluster(path: str | Path, overrides: list[str] | None = None) -> Cluste
     for override in overrides or []:
         apply_override(values, override)
     for key in ("root", "data_root"):
-        if isinstance(values.get(key), str) and "://" not in values[key]:
-            values[key] = str(Path(os.path.expandvars(values[key])).expanduser().absolute())
+        if isinstance(values.get(key), str):
+            place = os.path.expandvars(values[key]).rstrip("/")
+            values[key] = place if "://" in place else str(Path(place or "/").expanduser().absolute())
     return validate(Cluster, values, f"{path} metadata.rsplatform")

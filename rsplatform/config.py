@@ -103,7 +103,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         section = section[_index(section, key, override)] if isinstance(section, list) else section.setdefault(key, {})
         if not isinstance(section, dict | list):
             raise ConfigError(f"{override!r}: {key} holds a value, not a section")
-    section[_index(section, keys[-1], override) if isinstance(section, list) else keys[-1]] = value
+    last: Any = _index(section, keys[-1], override) if isinstance(section, list) else keys[-1]
+    section[last] = value
 
 
 def _index(items: list[Any], key: str, override: str) -> int:

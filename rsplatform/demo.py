@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from rsplatform import summary
-from rsplatform.artifacts import Artifact
+from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import Config, StageConfig
 from rsplatform.curate.caption import CaptionConfig, caption
@@ -33,15 +33,20 @@ from rsplatform.train.launch import PretrainConfig, pretrain
 from rsplatform.train.sweep import TuneConfig, tune
 from rsplatform.world.build import MakeWorldConfig, make_world_artifact
 
+CHAIN = "chain.json"
 LOGGER = logging.getLogger("rsplatform.demo")
 
 
 class DemoChecks(Config):
-    """What the demo must reach, by the names of the benchmarks in `evaluate`; None leaves a check out."""
+    """What the demo must reach, by the names of the benchmarks in `evaluate`; None leaves a check out.
+
+    `min_overhead_average_precision` holds for the held-out part and for every test of `train_overhead`.
+    """
 
     retrieval: str
     min_recall_over_chance: float = Field(default=5, ge=0)
     segmentation: str | None = None
+    min_overhead_average_precision: float = Field(default=0, ge=0, le=1)
 
 
 class DemoSearch(Config):
@@ -80,6 +85,7 @@ def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
     """Run the whole chain from scenes to a search answered over HTTP, and print a summary."""
     done = finished(config, cluster)
     if done:
+        _check_chain(done)
         print(read_bytes(done.path("summary.txt")).decode())
         return done
     started = time.monotonic()
@@ -88,6 +94,7 @@ def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
             made = {name: artifact for name, artifact in _run_stages(config, cluster)}
             answer = _search(config, cluster)
         write_json(stage.artifact.path("search.json"), answer)
+        write_json(stage.artifact.path(CHAIN), {item.ref: item.fingerprint() for item in made.values()})
         facts = summary.collect(made, answer, time.monotonic() - started)
         text = summary.render(facts, config.search.text, cluster.root)
         write_bytes(stage.artifact.path("summary.txt"), text.encode())
@@ -95,7 +102,15 @@ def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
         stage.log(summary.numbers(facts))
         stage.counts = facts["chips"]
         check(config.checks, read_json(made["evaluate"].path("report.json"))["benchmarks"], stage)
+        check_overhead(config.checks, made["train_overhead"].manifest()["metrics"])
     return stage.artifact
+
+
+def _check_chain(done: Artifact) -> None:
+    """ArtifactError if an artifact of the chain is gone or was made again since the demo finished."""
+    for ref, fingerprint in read_json(done.path(CHAIN)).items():
+        if open_artifact(done.root, ref).fingerprint() != fingerprint:
+            raise ArtifactError(f"{done.uri}: {ref} was made again since; name a new version in `output`")
 
 
 def _run_stages(config: DemoConfig, cluster: Cluster) -> Iterator[tuple[str, Artifact]]:
@@ -129,6 +144,13 @@ def _search(config: DemoConfig, cluster: Cluster) -> dict[str, Any]:
     with serving(config.serve, cluster) as base_url, Client(base_url) as client:
         response = client.search(text=config.search.text, k=config.search.k, localize=True)
     return response.model_dump(mode="json")
+
+
+def check_overhead(checks: DemoChecks, metrics: dict[str, float]) -> None:
+    """DemoFailed if the overhead filter separates one of its test sets worse than demanded."""
+    for name, value in metrics.items():
+        if name.endswith("_average_precision") and value < checks.min_overhead_average_precision:
+            raise DemoFailed(f"overhead filter: {name} {value:.3f} is below {checks.min_overhead_average_precision}")
 
 
 def check(checks: DemoChecks, benchmarks: dict[str, dict[str, Any]], stage: Stage) -> None:

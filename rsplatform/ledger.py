@@ -33,10 +33,11 @@ class Drop:
 def write_drops(artifact: Artifact, stage: str, part: str, drops: Iterable[Drop]) -> None:
     """Write the drops of one part; the same part written twice replaces itself (idempotent)."""
     rows = [{"id": drop.id, "stage": stage, "reason": drop.reason, "detail": drop.detail} for drop in drops]
-    if rows:
+    uri = artifact.path(f"{FOLDER}/{part}.parquet")
+    if rows or storage.exists(uri):  # a part done again without drops replaces what it dropped before
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), buffer)
-        storage.write_bytes(artifact.path(f"{FOLDER}/{part}.parquet"), buffer.getvalue())
+        storage.write_bytes(uri, buffer.getvalue())
 
 
 def read_drops(artifact: Artifact) -> pa.Table:

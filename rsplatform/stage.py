@@ -103,6 +103,7 @@ def plan(config: StageConfig, cluster: Cluster) -> list[str]:
 
     Raises:
         ConfigError: a source path that does not exist.
+        ArtifactError: the output was made or begun by another recipe, as the run itself would say.
     """
     jobs = [(name, getattr(config, name)) for name in type(config).model_fields]
     lines = [f"{name}: {line}" for name, job in jobs if isinstance(job, StageConfig) for line in plan(job, cluster)]
@@ -120,4 +121,6 @@ def plan(config: StageConfig, cluster: Cluster) -> list[str]:
     state = "finished: nothing to do" if artifact.is_finished else "to be made"
     if not artifact.is_finished and storage.exists(artifact.uri):
         state = "unfinished: will be resumed"
+    if all(Artifact(cluster.root, ref).is_finished for ref in input_artifacts(config).values()):
+        artifacts.check_recipe(artifact, recipe_identity(config, cluster))
     return [*lines, f"output {artifact.uri} ({state})"]

@@ -117,9 +117,9 @@ def gdal_path(uri: str) -> str:
     return f"/vsis3/{uri.removeprefix('s3://')}" if is_s3(uri) else uri.removeprefix("file://")
 
 
-def gdal_options() -> dict[str, str | int]:
+def gdal_options() -> dict[str, Any]:
     """GDAL configuration for remote rasters (our defaults, measured) and for the environment's S3 endpoint."""
-    options: dict[str, str | int] = {
+    options: dict[str, Any] = {
         "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
         "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
         "GDAL_HTTP_MULTIPLEX": "YES",

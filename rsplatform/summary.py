@@ -3,7 +3,7 @@
 Every number is read back from a manifest, a report or an HTTP answer; nothing is computed again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rsplatform.artifacts import Artifact
@@ -26,6 +26,7 @@ def collect(made: Mapping[str, Artifact], answer: Mapping[str, Any], seconds: fl
         "training": manifests["pretrain"]["counts"],
         "training_metrics": manifests["pretrain"]["metrics"],
         "sweep": manifests["tune"]["metrics"],
+        "rounds": read_json(made["self_train"].path("rounds.json")),
         "evaluation": read_json(made["evaluate"].path("report.json"))["benchmarks"],
         "self_trained": read_json(made["evaluate_self_trained"].path("report.json"))["benchmarks"],
         "regions": manifests["localize"]["metrics"]["regions"],
@@ -54,11 +55,13 @@ def render(facts: Mapping[str, Any], query: str, root: str) -> str:
         "",
         f"  scenes     {_kept(facts['scenes'])}",
         f"  chips      {_kept(facts['chips'])}",
+        f"  overhead   average precision {_overhead(facts['overhead'])}",
         f"  web pairs  {_kept(facts['web'])}",
         f"  dataset    {_kept(facts['dataset'])}",
         f"  training   loss {losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f} · {training['samples_seen']:,} "
-        f"samples in {metrics['training_minutes']:.1f} min",
+        f"samples in {metrics['training_minutes']:.1f} min{_stopped(training)}",
         *(line for name, scores in facts["evaluation"].items() for line in _scores(name, scores, facts)),
+        f"  self-train {_rounds(facts['rounds'])}",
         f"  on a map   {facts['regions']:.0f} regions as GeoJSON and COGs in {facts['folders']['localize']}",
         *_search(facts["search"], query),
         "",
@@ -66,6 +69,27 @@ def render(facts: Mapping[str, Any], query: str, root: str) -> str:
         "search it yourself:      make serve    then open http://127.0.0.1:8000",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _overhead(metrics: Mapping[str, float]) -> str:
+    suffix = "_average_precision"
+    found = {key.removesuffix(suffix): value for key, value in metrics.items() if key.endswith(suffix)}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
+
+
+def _stopped(training: Mapping[str, Any]) -> str:
+    return " (STOPPED EARLY by max_minutes)" if training["stopped_early"] else ""
+
+
+def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """What each round did; a rejected one leaves the model as it was."""
+    verdicts = {True: "kept", False: "REJECTED, the model stays as it was"}
+    lines = [
+        f"round {entry['round']} {verdicts[entry['kept']]}: agreement of views "
+        f"{100 * entry['held_out_agreement_before']:.1f} → {100 * entry['held_out_agreement']:.1f} %"
+        for entry in rounds
+    ]
+    return "; ".join(lines)
 
 
 def sparkline(values: list[float], width: int = 32) -> str:

@@ -167,21 +167,24 @@ def drop_repeats(artifact: Artifact, max_text_repeats: int) -> list[Drop]:
     """Delete later copies of a picture, and rows all of whose captions were already seen too often; first row wins."""
     table = _open(artifact)
     near, first_of, texts = NearIndex(), dict[str, str](), Counter[str]()
-    drops = []
-    for row in table.to_table(columns=["id", "captions", "content_sha256", "difference_hash"]).to_pylist():
+    drops, gone = [], []
+    columns = ["id", "captions", "content_sha256", "difference_hash"]
+    for row in table.to_table(columns=columns, with_row_id=True).to_pylist():
         same, similar = first_of.get(row["content_sha256"]), near.find(row["difference_hash"])
         if same or similar:
             drops.append(Drop(row["id"], "duplicate" if same else "near_duplicate", f"of {same or similar}"))
+            gone.append(row["_rowid"])
             continue
         if all(texts[caption] >= max_text_repeats for caption in row["captions"]):
             drops.append(Drop(row["id"], "repeated_text", repr(row["captions"][0][:60])))
+            gone.append(row["_rowid"])
             continue
         first_of[row["content_sha256"]] = row["id"]
         near.add(row["id"], row["difference_hash"])
         texts.update(row["captions"])
-    for start in range(0, len(drops), 500):
-        quoted = ", ".join("'" + drop.id.replace("'", "''") + "'" for drop in drops[start : start + 500])
-        table.delete(f"id IN ({quoted})")
+    # by row id: two rows of a careless table may share an id, and only one of them is to go
+    for start in range(0, len(gone), 500):
+        table.delete(f"_rowid IN ({', '.join(map(str, gone[start : start + 500]))})")
     return drops
 
 

@@ -42,9 +42,12 @@ class NearIndex:
         self._ids: list[str] = []
 
     def find(self, difference: bytes) -> str | None:
-        """The id of a picture whose hash is near, None if there is none. A flat picture (no bit set) has no copies."""
+        """The id of a picture whose hash is near, None if there is none.
+
+        A nearly flat picture (water, snow: almost no bit or every bit set) has no copies: its hash says nothing.
+        """
         bits = np.unpackbits(np.frombuffer(difference, np.uint8))
-        if not bits.any():
+        if not 2 * NEAR_BITS <= np.count_nonzero(bits) <= len(bits) - 2 * NEAR_BITS:
             return None
         seen = {number for band, part in self._parts(difference) for number in self._bands[band].get(part, ())}
         for number in sorted(seen):

@@ -21,8 +21,9 @@ from rsplatform.cluster import Cluster
 from rsplatform.config import Config, ConfigError, InputArtifact, InputPath
 from rsplatform.dataset.store import SampleStore
 from rsplatform.evaluate.classification import PROMPT
-from rsplatform.geo import Grid
 from rsplatform.model.preprocess import decode_image
+from rsplatform.sources.scenes import SceneSource, describe_scene, open_pixels, read_window
+from rsplatform.storage import local_folder, read_bytes, read_json
 
 
 class DatasetRetrieval(Config):
@@ -137,19 +138,24 @@ def load_retrieval(benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster
         captions = [store.captions(i) for i in order]
         images = [sample.image for sample in store.read(np.array(order))]
     else:
-        folder = Path(cluster.resolve(benchmark.images))
-        entries = _caption_entries(Path(cluster.resolve(benchmark.captions)), benchmark.split)
+        folder = cluster.resolve(benchmark.images).rstrip("/")
+        entries = _caption_entries(cluster.resolve(benchmark.captions), benchmark.split)
         entries = spread(entries, benchmark.max_images)
         names = [name for name, _ in entries]
         captions = [sentences for _, sentences in entries]
-        images = [(folder / name).read_bytes() for name in names]
+        images = [read_bytes(f"{folder}/{name}") for name in names]
     texts = [text for group in captions for text in group]
     owners = [index for index, group in enumerate(captions) for _ in group]
-    return RetrievalSet(images, texts, owners, pin([names, captions]))
+    return RetrievalSet(images, texts, owners, pin([names, captions, [content(image) for image in images]]))
 
 
-def _caption_entries(path: Path, split: str) -> list[tuple[str, list[str]]]:
-    document = json.loads(path.read_text(encoding="utf-8"))
+def content(data: bytes) -> str:
+    """First 12 hex digits of the sha256 of some bytes."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _caption_entries(path: str, split: str) -> list[tuple[str, list[str]]]:
+    document = read_json(path)
     entries = [item for item in document["images"] if item["split"] == split]
     if not entries:
         splits = sorted({item["split"] for item in document["images"]})
@@ -159,9 +165,9 @@ def _caption_entries(path: Path, split: str) -> list[tuple[str, list[str]]]:
 
 def load_classification(benchmark: Classification, cluster: Cluster) -> ClassificationSet:
     """Pictures of the table in file order, classes in alphabetical order of their labels."""
-    folder = Path(cluster.resolve(benchmark.folder))
-    table = folder / benchmark.table
-    rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))))
+    folder = cluster.resolve(benchmark.folder).rstrip("/")
+    table = f"{folder}/{benchmark.table}"
+    rows = list(csv.DictReader(io.StringIO(read_bytes(table).decode("utf-8-sig"))))
     if not rows or not {"file", "label"} <= set(rows[0]):
         raise ConfigError(f"{table}: needs a header with the columns file and label")
     rows = spread(sorted(rows, key=lambda row: row["file"]), benchmark.max_images)
@@ -170,9 +176,10 @@ def load_classification(benchmark: Classification, cluster: Cluster) -> Classifi
     if unknown:
         raise ConfigError(f"{benchmark.name}: class_names {sorted(unknown)} are no labels of {table}: {labels}")
     names = [benchmark.class_names.get(label) or label for label in labels] + benchmark.extra_classes
-    images = [(folder / row["file"]).read_bytes() for row in rows]
+    images = [read_bytes(f"{folder}/{row['file']}") for row in rows]
     indices = [labels.index(row["label"]) for row in rows]
-    pinned = pin([[(row["file"], row["label"]) for row in rows], names, benchmark.prompt])
+    keys = [(row["file"], row["label"], content(image)) for row, image in zip(rows, images, strict=True)]
+    pinned = pin([keys, names, benchmark.prompt])
     return ClassificationSet(images, indices, names, pinned)
 
 
@@ -182,7 +189,7 @@ def masked_pictures(benchmark: Segmentation, cluster: Cluster) -> Iterator[Maske
     Raises:
         ConfigError: nothing matches `images`, a mask is missing or of another size, or a scale is unknown.
     """
-    folder = Path(cluster.resolve(benchmark.folder))
+    folder = local_folder(cluster.resolve(benchmark.folder))
     paths = spread(sorted(folder.glob(benchmark.images)), benchmark.max_images)
     if not paths:
         raise ConfigError(f"{benchmark.name}: no picture matches {folder}/{benchmark.images}")
@@ -201,15 +208,18 @@ def masked_pictures(benchmark: Segmentation, cluster: Cluster) -> Iterator[Maske
 
 
 def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
-    """uint8 RGB pixels (H, W, 3), and metres a pixel if the file is georeferenced (GeoTIFF) else None."""
+    """uint8 RGB pixels (H, W, 3), and metres a pixel; None for pictures that are no GeoTIFF.
+
+    GeoTIFFs are read as ingest reads them (bands, stretch, nodata): a model is scored on the pixels it was trained on.
+
+    Raises:
+        SceneError: a GeoTIFF that ingest would refuse as well.
+    """
     if path.suffix.lower() not in {".tif", ".tiff"}:
         return decode_image(path.read_bytes()), None
-    with rasterio.open(path, driver="GTiff") as scene:
-        pixels_HWC = scene.read([1, 2, 3]).transpose(1, 2, 0)
-        if scene.crs is None:
-            return pixels_HWC, None
-        grid = Grid(scene.crs.to_wkt(), tuple(scene.transform)[:6], scene.width, scene.height)
-    return pixels_HWC, grid.ground_sample_distance_m()
+    scene = describe_scene(str(path), str(path), SceneSource(path=str(path)))
+    pixels_HW4 = read_window(open_pixels(scene), 0, 0, scene.grid.height, scene.grid.width)
+    return np.ascontiguousarray(pixels_HW4[..., :3]), scene.grid.ground_sample_distance_m()
 
 
 def read_raw(path: Path) -> np.ndarray:

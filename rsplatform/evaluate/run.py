@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
+from rich.progress import track
 
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
@@ -22,6 +23,7 @@ from rsplatform.evaluate.benchmarks import (
     DatasetRetrieval,
     MaskedPicture,
     Segmentation,
+    content,
     load_classification,
     load_retrieval,
     masked_pictures,
@@ -117,8 +119,8 @@ def segmentation(
     matrices = {method: ConfusionMatrix(len(benchmark.classes)) for method in ("raw", "smooth")}
     names = []
     maps_of = partial(_maps, embedder, texts_CE, (benchmark.model_ground_sample_distance_m, window - 1))
-    for picture in masked_pictures(benchmark, cluster):
-        names.append(picture.name)
+    for picture in track(masked_pictures(benchmark, cluster), description=benchmark.name, transient=True):
+        names.append((picture.name, content(picture.image_HWC.tobytes()), content(picture.mask_HW.tobytes())))
         labels = {
             method: decide(maps_of(picture, size), class_of_prompt, picture.mask_HW.shape)
             for method, size in (("raw", 1), ("smooth", window))
@@ -128,9 +130,10 @@ def segmentation(
         if len(names) <= 4:
             figure = figures.label_overlays(picture.image_HWC, picture.mask_HW, labels, benchmark.classes)
             stage.run.log_picture(figure, f"{benchmark.name}/{picture.name}.png")
+            _log_heatmap(stage, benchmark, picture, maps_of(picture, window))
     result: dict[str, Any] = {
         "num_images": len(names),
-        "pin": pin([names, [item.model_dump() for item in benchmark.classes], window]),
+        "pin": pin([names, benchmark.model_dump(exclude={"folder"}), window]),
     }
     for method, matrix in matrices.items():
         scores = matrix.scores()
@@ -140,6 +143,15 @@ def segmentation(
         result[f"{method}_miou"] = scores.mean_iou
         result[f"{method}_foreground_miou"] = float(np.mean(foreground)) if foreground else float("nan")
     return result
+
+
+def _log_heatmap(stage: Stage, benchmark: Segmentation, picture: MaskedPicture, maps_PHW: torch.Tensor) -> None:
+    """The smooth map of the foreground prompt that the picture agrees with most, over the picture."""
+    prompts = [(item.name, prompt) for item in benchmark.classes for prompt in item.prompts]
+    first = len(benchmark.classes[0].prompts)
+    best = first + int(maps_PHW[first:].flatten(1).amax(dim=1).argmax())
+    figure = figures.heat_overlay(picture.image_HWC, maps_PHW[best].numpy(), prompts[best][1])
+    stage.run.log_picture(figure, f"{benchmark.name}/{picture.name}_{prompts[best][0]}_heat.png")
 
 
 def _maps(

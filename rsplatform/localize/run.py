@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import rasterio
 import torch
 from PIL import Image
 from pydantic import Field
@@ -83,12 +84,13 @@ def localize(config: LocalizeConfig, cluster: Cluster) -> Artifact:
         job = _job(embedder, config)
         files = find_scene_files(config.scenes, cluster.resolve)
         drops, num_regions = [], 0
-        for uri, place in track(files, description="localize"):
-            try:
-                scene = describe_scene(uri, place, config.scenes)
-                num_regions += _localize_scene(scene, job, stage)
-            except SceneError as error:
-                drops.append(Drop(uri, error.reason, error.detail))
+        with rasterio.Env(**storage.gdal_options()):
+            for uri, place in track(files, description="localize"):
+                try:
+                    scene = describe_scene(uri, place, config.scenes)
+                    num_regions += _localize_scene(scene, job, stage)
+                except SceneError as error:
+                    drops.append(Drop(uri, error.reason, error.detail))
         if len(drops) == len(files):
             raise ValueError(f"no usable scene among {len(files)}: {drops[0].reason}: {drops[0].detail}")
         write_drops(stage.artifact, STAGE, "scenes", drops)

@@ -146,9 +146,13 @@ def _round(course: Course, number: int) -> bool:
     config, root = course.config, course.stage.artifact.root
     name, tags = f"round {number}", {"round": str(number), "ref": config.output}
     run = tracking.start_run(root, config.pipeline, name, {"round": number}, tags=tags)
-    lesson = _lesson(course, course.teacher, course.pictures.train)
-    student = _learn(course, lesson, run, number)
-    agreement = _held_out_agreement(course, student)
+    try:
+        lesson = _lesson(course, course.teacher, course.pictures.train)
+        student = _learn(course, lesson, run, number)
+        agreement = _held_out_agreement(course, student)
+    except BaseException:
+        run.end("FAILED")
+        raise
     is_kept = agreement >= course.agreement
     entry = {
         "round": number,

@@ -8,6 +8,7 @@ of annotations: FastAPI reads them where Serve builds the application.
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -158,6 +159,7 @@ def running(served: Served) -> Iterator[str]:
     check_address(placement.host, served.guard.key_hashes)
     port = _free_port(placement.host, placement.port)
     handlers = _signal_handlers()
+    joined = served.cluster.ray_address is not None or "RAY_ADDRESS" in os.environ
     with ray_runtime(served.cluster):
         _handle_again(handlers)
         http = {"host": placement.host, "port": port, "request_timeout_s": served.request_timeout_s}
@@ -170,7 +172,10 @@ def running(served: Served) -> Iterator[str]:
             _wait_until_healthy(base_url)
             yield base_url
         finally:
-            serve.shutdown()
+            if joined:  # a cluster that others use: take down only what is ours
+                serve.delete(APPLICATION)
+            else:
+                serve.shutdown()
 
 
 def _free_port(host: str, port: int) -> int:

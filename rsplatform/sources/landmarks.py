@@ -74,6 +74,8 @@ def read_landmarks(source: LandmarkSource, resolve: Callable[[str], str]) -> tup
         raise ConfigError(f"landmarks: {place}: give one of {', '.join(SUFFIXES)}")
     if not storage.exists(place):
         raise ConfigError(f"landmarks: {place} does not exist; fix `path` or metadata.rsplatform.data_root")
+    if storage.is_s3(place):  # pyogrio carries a GDAL of its own, which knows nothing of rasterio's settings
+        pyogrio.set_gdal_config_options(storage.gdal_options())
     try:
         frames, drops = _read_frames(place, source)
     except pyogrio.errors.DataSourceError as error:
@@ -160,7 +162,7 @@ def _kind(row: dict[str, Any], source: LandmarkSource) -> str:
     kinds = KINDS | source.kinds
     for column in source.kind_columns:
         value = _text(row, column).lower()
-        if value:
+        if value and value != "no":  # OSM's building=no says that there is none
             return kinds.get(f"{column}={value}") or kinds.get(f"{column}=*") or value.replace("_", " ")
     return ""
 

@@ -23,6 +23,7 @@ from rsplatform.config import Config, ConfigError, StageConfig, validate
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.launch import prepare_tokenizer
+from rsplatform.train.pretrain import TrainingDivergedError
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.worker import WorkerJob, run_worker
 
@@ -163,6 +164,9 @@ def _run_trials(config: TuneConfig, cluster: Cluster, jobs: list[WorkerJob], wai
         system.delete_dir(path)
     for outcome in outcomes:
         index = (outcome.config or {})["index"]
+        if TrainingDivergedError.__name__ in repr(outcome.error):  # Ray hands it over wrapped in its own type
+            storage.write_json(f"{jobs[index].folder}/{RESULT}", {"step": 0, "stopped_early": True, "diverged": True})
+            continue
         if outcome.error is not None:
             raise RuntimeError(f"trial {index} failed: {outcome.error}") from outcome.error
         _record_stopped(jobs[index], outcome.metrics or {}, config.objective)
@@ -186,7 +190,8 @@ def _trial(parameters: Mapping[str, Any], jobs: list[WorkerJob], objective: str)
 def _record_stopped(job: WorkerJob, metrics: Mapping[str, Any], objective: str) -> None:
     """The result of a trial that ASHA stopped, which could not write it itself."""
     if not storage.exists(f"{job.folder}/{RESULT}"):
-        result = {"step": metrics["step"], objective: metrics[objective], "stopped_early": True}
+        found = {key: metrics[key] for key in ("step", objective) if key in metrics}
+        result = {"step": 0} | found | {"stopped_early": True}
         storage.write_json(f"{job.folder}/{RESULT}", result)
 
 
@@ -197,6 +202,8 @@ def _conclude(config: TuneConfig, stage: Stage, jobs: list[WorkerJob], results: 
         job.run.set_tags({"stopped_early": str(result["stopped_early"])})
         job.run.end("FINISHED")
     complete = [index for index, result in enumerate(results) if not result["stopped_early"]]
+    if not complete:
+        raise ValueError(f"{config.output}: no trial ran to its end; lengthen max_minutes or lower the learning rates")
     best = min(complete, key=lambda index: results[index][config.objective])
     text = yaml.safe_dump(jobs[best].config.model_dump(mode="json"), sort_keys=False)
     storage.write_bytes(stage.artifact.path(BEST_RECIPE), text.encode())

@@ -18,7 +18,7 @@ FILES = ["openmammut_with_mlp.safetensors", "openmammut_without_mlp.safetensors"
 def conformance(request, data_root):
     path = data_root / "conformance" / request.param
     if not path.is_file():
-        pytest.skip(f"no {path}")
+        pytest.skip(f"no real data: {path}")
     return path
 
 
