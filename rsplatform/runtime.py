@@ -6,9 +6,11 @@ Only definitions; a job that needs no Ray never pays for it.
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from rsplatform.cluster import Cluster
 from rsplatform.storage import gdal_options
@@ -18,8 +20,8 @@ from rsplatform.storage import gdal_options
 def ray_runtime(cluster: Cluster) -> Iterator[None]:
     """Ray inside this block: an already connected one is used and left alone, else ours is started and stopped.
 
-    `cluster.ray_address` None starts a local Ray (or joins the one that `ray job submit` announces);
-    a bare local runtime listens with no token, on 127.0.0.1 only.
+    `cluster.ray_address` None starts a local Ray (or joins the one that `ray job submit` announces). Ray's internal
+    ports listen on every interface, and who reaches them may run code: a local runtime asks for a token of its own.
     """
     if ray.is_initialized():
         yield
@@ -30,7 +32,7 @@ def ray_runtime(cluster: Cluster) -> Iterator[None]:
     if joins:
         ray.init(address=cluster.ray_address, runtime_env={"env_vars": env_vars}, logging_level=logging.WARNING)
     else:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        _use_own_token()
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves training beside any other work
         ray.init(
             address="local",
@@ -46,3 +48,13 @@ def ray_runtime(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _use_own_token() -> None:
+    """A random token for this process and its children, unless the environment has chosen a mode itself."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray has read its settings when it was imported; this is how its own `ray start` makes it read them again.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
