@@ -4,13 +4,13 @@ Only definitions; a job that needs no Ray never pays for it.
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import secrets
 from collections.abc import Iterator
 
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config
 
 from rsplatform.cluster import Cluster
 from rsplatform.storage import gdal_options
@@ -56,5 +56,6 @@ def _use_own_token() -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Ray has read its settings when it was imported; this is how its own `ray start` makes it read them again.
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        raylet = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
