@@ -33,6 +33,7 @@ def ray_runtime(cluster: Cluster) -> Iterator[None]:
         ray.init(address=cluster.ray_address, runtime_env={"env_vars": env_vars}, logging_level=logging.WARNING)
     else:
         _use_own_token()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network beyond what the user asked for
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves training beside any other work
         ray.init(
             address="local",

@@ -37,7 +37,7 @@ SMALL_WORLD = [
     "checks.segmentation=null",  # so short a training promises nothing about smoothing
 ]
 SMALL_REAL = [
-    "ingest_scenes.scenes.0.pattern=*_b_z21.tif",
+    "ingest_scenes.scenes.0.pattern='*_b_z21.tif'",
     "train_overhead.training.0.source.rows={stop: 100}",
     "train_overhead.training.1.source.rows={stop: 100}",
     "train_overhead.epochs=3",
