@@ -36,7 +36,10 @@ SMALL_WORLD = [
     "checks.min_recall_over_chance=1.5",
     "checks.segmentation=null",  # so short a training promises nothing about smoothing
 ]
+FEW_IMAGES = (100, 60, 4, 1)  # of each benchmark of the real recipe
 SMALL_REAL = [
+    *(f"evaluate.benchmarks.{i}.max_images={number}" for i, number in enumerate(FEW_IMAGES)),
+    *(f"evaluate_self_trained.benchmarks.{i}.max_images={number}" for i, number in enumerate(FEW_IMAGES)),
     "ingest_scenes.scenes.0.pattern='*_b_z21.tif'",
     "train_overhead.training.0.source.rows={stop: 100}",
     "train_overhead.training.1.source.rows={stop: 100}",
