@@ -107,7 +107,6 @@ def test_every_hit_lies_inside_the_drawn_area(page: Any) -> None:
     page.mouse.move(left + 200, top + 150)
     page.mouse.move(left + 330, top + 330)
     page.mouse.up()
-    page.press("#query", "Enter")
     with page.expect_response("**/v1/search") as waiting:
         page.press("#query", "Enter")
     sent, results = waiting.value.request.post_data_json, waiting.value.json()["results"]
@@ -116,6 +115,7 @@ def test_every_hit_lies_inside_the_drawn_area(page: Any) -> None:
     for item in results:
         bounds = item["bounds_lonlat"]
         assert bounds[0] >= west and bounds[1] >= south and bounds[2] <= east and bounds[3] <= north
+    page.wait_for_selector("#results:not([aria-busy])")
     assert "inside the area" in page.locator("#status").inner_text()
     page.click("#clear-area")
     page.wait_for_selector(".card >> nth=11")
