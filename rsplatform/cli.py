@@ -17,7 +17,7 @@ from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster, load_cluster
 from rsplatform.config import ConfigError, StageConfig, load_config
 from rsplatform.stage import plan
-from rsplatform.storage import StorageError
+from rsplatform.storage import StorageError, refused_write
 from rsplatform.tracking import TrackingError, redact
 
 USAGE = """\
@@ -76,6 +76,13 @@ def _run(job: str, config_class: type[StageConfig], front_door: FrontDoor, examp
         print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
     except Exception as error:
+        refusal = refused_write(error)
+        if refusal:
+            advice = (
+                "make room below metadata.rsplatform.root and in the temporary folder, then run the same command again"
+            )
+            print(redact(f"error: {job} failed: {refusal}; {advice} to resume"), file=sys.stderr)
+            return 1
         logging.getLogger("rsplatform").exception("%s failed", job)
         print(redact(f"error: {job} failed: {error}"), file=sys.stderr)
         return 1

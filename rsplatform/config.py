@@ -61,13 +61,15 @@ def load_config(config_class: type[ConfigType], path: str | Path, overrides: lis
     return validate(config_class, values, str(path))
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in the YAML file `path`; ConfigError if it is missing, empty, broken or no mapping."""
+def read_yaml(path: str | Path, included_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in the YAML file `path`; ConfigError if it is missing, broken, no mapping or includes itself."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give the path of a recipe, e.g. configs/demo/world.yaml")
+    if path.resolve() in included_by:
+        raise ConfigError(f"{path}: includes itself through !recipe")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _loader_of(path))
+        values = yaml.load(path.read_text(encoding="utf-8"), _loader_of(path, included_by))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict) or not values:
@@ -75,14 +77,27 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _loader_of(path: Path) -> type[yaml.SafeLoader]:
-    """YAML's safe loader with one addition: `!recipe other.yaml` puts that file, relative to `path`, in its place."""
+def _loader_of(path: Path, included_by: tuple[Path, ...]) -> type[yaml.SafeLoader]:
+    """YAML's safe loader with one addition, a recipe from another file whose path is relative to this one:
+
+    `!recipe other.yaml` as it stands, `!recipe {from: other.yaml, key: value}` with some of its top keys replaced.
+    """
 
     class RecipeLoader(yaml.SafeLoader):
         pass
 
-    def include(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> dict[str, Any]:
-        return read_yaml(path.parent / str(loader.construct_scalar(node)))
+    def include(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, Any]:
+        changes: dict[Any, Any] = {}
+        if isinstance(node, yaml.MappingNode):
+            changes = loader.construct_mapping(node, deep=True)
+            other = changes.pop("from", None)
+        else:
+            other = node.value
+        if not isinstance(other, str):
+            raise ConfigError(
+                f"{path}: !recipe needs a file: `!recipe other.yaml` or `!recipe {{from: other.yaml, …}}`"
+            )
+        return read_yaml(path.parent / other, (*included_by, path.resolve())) | changes
 
     RecipeLoader.add_constructor("!recipe", include)
     return RecipeLoader

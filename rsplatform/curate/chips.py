@@ -14,10 +14,10 @@ from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import Config, ConfigError, StageConfig
-from rsplatform.curate.contact_sheet import log_contact_sheets, spread
+from rsplatform.curate.contact_sheet import dropped_pictures, log_contact_sheets, spread
 from rsplatform.curate.cut_chips import ChipRecipe, CutChips, JoinLandmarks, landmark_table, windows_of
 from rsplatform.curate.pipeline import Loaded, Pipeline, Shard, run_pipeline
-from rsplatform.ledger import Drop, counts, read_drops, write_drops
+from rsplatform.ledger import Drop, counts, write_drops
 from rsplatform.records import CHIP_SCHEMA, Landmark
 from rsplatform.sources.landmarks import LandmarkSource, read_landmarks
 from rsplatform.sources.scenes import Scene, SceneError, SceneSource, compose, describe_scene, find_scene_files
@@ -95,7 +95,7 @@ def ingest_scenes(config: IngestScenesConfig, cluster: Cluster) -> Artifact:
             "landmarks": counts(num_landmarks + len(landmark_drops), num_landmarks, [d.reason for d in landmark_drops]),
         }
         stage.log({"chips": chip_counts["kept"], "scenes": len(scenes), "windows": windows})
-        _log_pictures(stage, config, shards)
+        _log_pictures(stage)
     return stage.artifact
 
 
@@ -163,18 +163,9 @@ def make_pipeline(config: IngestScenesConfig, artifact: Artifact) -> Pipeline:
     return Pipeline(STAGE, artifact, CHIPS_TABLE, CHIP_SCHEMA, CutChips(config.recipe), (join,))
 
 
-def _log_pictures(stage: Stage, config: IngestScenesConfig, shards: list[Shard]) -> None:
+def _log_pictures(stage: Stage) -> None:
     """Contact sheets: some kept chips with their largest landmarks, some dropped windows with their reason."""
     chips = lance.dataset(stage.artifact.path(CHIPS_TABLE), storage_options=storage.lance_options(stage.artifact.uri))
     rows = chips.take(spread(chips.count_rows()), columns=["image", "landmarks"]).to_pylist()
     kept = [(row["image"], ", ".join(dict.fromkeys(item["kind"] for item in row["landmarks"]))) for row in rows]
-    reasons = {drop["id"]: drop["reason"] for drop in read_drops(stage.artifact).to_pylist() if drop["stage"] == STAGE}
-    wanted = {list(reasons)[index] for index in spread(len(reasons))}
-    dropped = []
-    cutter = CutChips(replace(config.recipe, max_nodata_fraction=1.0))
-    for shard in shards:
-        if any(drop_id.startswith(f"{shard['scene']['id']}_") for drop_id in wanted):
-            table = cutter(shard)
-            pairs = zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True)
-            dropped += [(image, reasons[chip_id]) for chip_id, image in pairs if chip_id in wanted]
-    log_contact_sheets(stage.run, kept, dropped)
+    log_contact_sheets(stage.run, kept, dropped_pictures(stage.artifact))

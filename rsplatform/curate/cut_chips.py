@@ -93,9 +93,10 @@ class CutChips:
         image_HWC, nodata_fraction = resample(*strip.part(window), self.recipe.size_px)
         row = _row(scene, window) | {"nodata_fraction": nodata_fraction}
         row["ground_sample_distance_m"] = self.recipe.at_scale_of(scene).ground_sample_distance_m
+        row["image"] = to_jpeg(image_HWC)  # of a dropped one too, for the contact sheet
         if nodata_fraction > self.recipe.max_nodata_fraction:
             return row | {"drop_reason": "nodata", "drop_detail": f"{nodata_fraction:.2f} of the chip has no data"}
-        return row | {"image": to_jpeg(image_HWC)}
+        return row
 
 
 @dataclass(frozen=True)

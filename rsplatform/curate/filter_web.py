@@ -17,7 +17,13 @@ from rsplatform import storage
 from rsplatform.artifacts import open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import InputArtifact, StageConfig
-from rsplatform.curate.contact_sheet import LabelledPicture, log_contact_sheets, spread
+from rsplatform.curate.contact_sheet import (
+    LabelledPicture,
+    dropped_pictures,
+    keep_dropped_pictures,
+    log_contact_sheets,
+    spread,
+)
 from rsplatform.curate.overhead_model import IMAGE_SIZE_PX, OverheadScorer, prepare
 from rsplatform.curate.picture_hash import NearIndex, content_hash, difference_hash
 from rsplatform.curate.pipeline import DROP_FIELDS, Loaded, Pipeline, Shard, replace_column, run_pipeline
@@ -25,7 +31,7 @@ from rsplatform.curate.text_rules import TextRejected, clean_text
 from rsplatform.ledger import Drop, counts, read_drops, write_drops
 from rsplatform.model.preprocess import ImageError, decode_image
 from rsplatform.records import WEB_PAIR_SCHEMA
-from rsplatform.sources.web import Candidate, CandidateSource, count_candidates, read_candidates
+from rsplatform.sources.web import Candidate, CandidateSource, all_candidates, count_candidates, read_candidates
 from rsplatform.stage import Artifact, Stage, finished, open_stage
 
 STAGE = "filter_web"
@@ -63,7 +69,7 @@ def filter_web(config: FilterWebConfig, cluster: Cluster) -> Artifact:
         reasons = read_drops(stage.artifact)["reason"].to_pylist()
         stage.counts = counts(num_inputs, table.count_rows(), reasons)
         stage.log({"web_pairs": table.count_rows(), "kept_fraction": table.count_rows() / num_inputs})
-        _log_pictures(stage, cluster, config)
+        _log_pictures(stage)
     return stage.artifact
 
 
@@ -182,10 +188,22 @@ def drop_repeats(artifact: Artifact, max_text_repeats: int) -> list[Drop]:
         first_of[row["content_sha256"]] = row["id"]
         near.add(row["id"], row["difference_hash"])
         texts.update(row["captions"])
+    _keep_pictures(artifact, table, gone, drops)
     # by row id: two rows of a careless table may share an id, and only one of them is to go
     for start in range(0, len(gone), 500):
         table.delete(f"_rowid IN ({', '.join(map(str, gone[start : start + 500]))})")
     return drops
+
+
+def _keep_pictures(artifact: Artifact, table: lance.LanceDataset, row_ids: list[int], drops: list[Drop]) -> None:
+    """Set some pictures aside before their rows are deleted."""
+    shown = spread(len(row_ids))
+    wanted = ", ".join(str(row_ids[index]) for index in shown)
+    if shown:
+        images = table.to_table(columns=["image"], filter=f"_rowid IN ({wanted})")
+        keep_dropped_pictures(
+            artifact, "repeats", images.append_column("drop_reason", pa.array([drops[index].reason for index in shown]))
+        )
 
 
 def _open(artifact: Artifact) -> lance.LanceDataset:
@@ -197,8 +215,7 @@ def _store_evaluation_hashes(config: FilterWebConfig, cluster: Cluster, artifact
     """Hashes of every evaluation picture, for the workers; one that cannot be decoded cannot be copied either."""
     hashes = {}
     for source in config.evaluation_images:
-        num_images = count_candidates(source, cluster.resolve)
-        for candidate in read_candidates(source, cluster.resolve, 0, num_images):
+        for candidate in all_candidates(source, cluster.resolve, "hash evaluation images"):
             try:
                 image_HWC = decode_image(candidate.image or b"")
             except ImageError:
@@ -215,16 +232,9 @@ def _load_hashes(uri: str) -> tuple[frozenset[str], NearIndex]:
     return frozenset(content for content, _ in hashes.values()), near
 
 
-def _log_pictures(stage: Stage, cluster: Cluster, config: FilterWebConfig) -> None:
+def _log_pictures(stage: Stage) -> None:
     """Contact sheets of kept pairs with their first caption, and of dropped ones with the reason."""
     table = _open(stage.artifact)
     rows = table.take(spread(table.count_rows()), columns=["image", "captions"]).to_pylist()
     kept: list[LabelledPicture] = [(row["image"], row["captions"][0]) for row in rows]
-    drops = read_drops(stage.artifact).to_pylist()
-    reasons = {drops[index]["id"]: drops[index]["reason"] for index in spread(len(drops))}
-    dropped: list[LabelledPicture] = []
-    for source in config.candidates:
-        for candidate in read_candidates(source, cluster.resolve, 0, count_candidates(source, cluster.resolve)):
-            if candidate.id in reasons:
-                dropped.append((candidate.image, reasons[candidate.id]))
-    log_contact_sheets(stage.run, kept, dropped)
+    log_contact_sheets(stage.run, kept, dropped_pictures(stage.artifact))

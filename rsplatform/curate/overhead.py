@@ -26,7 +26,7 @@ from rsplatform.curate.overhead_model import (
 from rsplatform.curate.picture_hash import content_hash
 from rsplatform.ledger import Drop, counts, write_drops
 from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
-from rsplatform.sources.web import CandidateSource, count_candidates, read_candidates
+from rsplatform.sources.web import CandidateSource, all_candidates
 from rsplatform.stage import finished, open_stage
 
 
@@ -112,8 +112,7 @@ def load_labelled(sources: list[LabelledSource], cluster: Cluster) -> LabelledPi
     """Decode every picture of some sources; one that cannot be decoded or has no label is a drop."""
     bases, crops, labels, hashes, images, drops = [], [], [], [], [], []
     for item in sources:
-        num_candidates = count_candidates(item.source, cluster.resolve)
-        for candidate in read_candidates(item.source, cluster.resolve, 0, num_candidates):
+        for candidate in all_candidates(item.source, cluster.resolve, "read labelled pictures"):
             label = candidate.label if item.is_overhead is None else item.is_overhead
             try:
                 if candidate.problem or candidate.image is None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from rich.progress import track
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ def train(bases_NHWC: np.ndarray, labels_N: np.ndarray, *, epochs: int, seed: in
         num_overhead = max(1.0, float(labels_N.sum()))
         balance = torch.tensor((len(labels_N) - num_overhead) / num_overhead).clamp(0.1, 10)
         losses = []
-        for _ in range(epochs):
+        for _ in track(range(epochs), "train overhead filter", transient=True):
             order = generator.permutation(len(labels_N))
             total = 0.0
             for rows in np.array_split(order, num_batches):

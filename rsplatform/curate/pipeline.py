@@ -24,6 +24,7 @@ from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
+from rsplatform.curate.contact_sheet import keep_dropped_pictures
 from rsplatform.ledger import Drop, counts, write_drops
 from rsplatform.runtime import ray_runtime
 
@@ -168,7 +169,7 @@ def _run_on_ray(pipeline: Pipeline, shards: Sequence[Shard], cluster: Cluster) -
     task: dict[str, Any] = {
         "num_cpus": 1,
         "memory": placement.memory_per_task_gb * 2**30,
-        "max_retries": MAX_TASK_RETRIES,
+        "ray_remote_args_fn": lambda: {"max_retries": MAX_TASK_RETRIES},
     }
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -285,6 +286,7 @@ def _write(pipeline: Pipeline, table: pa.Table) -> pa.Table:
     rows = zip(table["id"].to_pylist(), reasons, table["drop_detail"].to_pylist(), strict=True)
     drops = [Drop(row_id, reason, detail or "") for row_id, reason, detail in rows if reason is not None]
     write_drops(pipeline.artifact, pipeline.stage, shard["shard"], drops)
+    keep_dropped_pictures(pipeline.artifact, shard["shard"], table.filter(table["drop_reason"].is_valid()))
     part = {"shard": shard, "inputs": table.num_rows, "kept": kept.num_rows, "fragment": fragment}
     part["reasons"] = Counter(drop.reason for drop in drops)
     storage.write_json(_part_uri(pipeline, shard["shard"]), part)

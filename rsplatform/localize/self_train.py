@@ -4,6 +4,8 @@ Rounds of: an EMA teacher's pseudo-labels (teacher.py) → training with the pat
 is forgotten → agreement on held-out chips; it stops when that falls. Never reads a mask.
 """
 
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
+from rich.progress import track
 
 from rsplatform import storage, tracking
 from rsplatform.artifacts import Artifact, open_artifact
@@ -27,6 +30,7 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.model.preprocess import decode_image, normalise, resize_crop
 from rsplatform.model.weights import load_model, save_model
 from rsplatform.stage import Stage, finished, open_stage
+from rsplatform.train.batch import Batch
 from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.engine import PlainEngine
 from rsplatform.train.loader import Loader, LoaderConfig
@@ -145,7 +149,10 @@ def _round(course: Course, number: int) -> bool:
     """One round as a child run; False if held-out agreement fell, and then the model before it stays."""
     config, root = course.config, course.stage.artifact.root
     name, tags = f"round {number}", {"round": str(number), "ref": config.output}
-    run = tracking.start_run(root, config.pipeline, name, {"round": number}, tags=tags)
+    note = course.stage.artifact.path(f"work/round_{number}_run.json")
+    resume = storage.read_json(note)["run_id"] if storage.exists(note) else None
+    run = tracking.start_run(root, config.pipeline, name, {"round": number}, tags=tags, resume=resume)
+    storage.write_json(note, {"run_id": run.run_id})
     try:
         lesson = _lesson(course, course.teacher, course.pictures.train)
         student = _learn(course, lesson, run, number)
@@ -184,6 +191,11 @@ def _learn(course: Course, lesson: Lesson, run: tracking.Run, number: int) -> Em
         averaged.update({key.removeprefix(EMA): value for key, value in tensors.items() if key.startswith(EMA)})
 
     loader = _loader(course, number)
+
+    def batches(start: int, end: int) -> Generator[Batch]:
+        with closing(loader.batches(start, end)) as stream:
+            yield from track(stream, f"self-training round {number}", end - start, transient=True)
+
     loop = LoopConfig(config.steps_per_round, config.seed + number, ema_decay=config.ema_decay)
     engine = PlainEngine(student, OptimizerConfig(weight_decay=0.0))
     hooks = Hooks(run.log_metrics, save, auxiliary_loss=_auxiliary(course, lesson, number))
@@ -191,7 +203,7 @@ def _learn(course: Course, lesson: Lesson, run: tracking.Run, number: int) -> Em
     if resume and resume[1].step == config.steps_per_round:  # killed between the last step and the round's end
         save(*resume)
     else:
-        fit(engine, loader.batches, lambda step: config.learning_rate, loop, hooks, resume)
+        fit(engine, batches, lambda step: config.learning_rate, loop, hooks, resume)
     student.load_state_dict({**student.state_dict(), **averaged})
     return Embedder(student.eval(), teacher.tokenizer)
 

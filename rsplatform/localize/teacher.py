@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from rsplatform.localize.pseudo_labels import IGNORED, PseudoLabelRule, pseudo_labels
 from rsplatform.localize.smooth_attention import smooth_attention
@@ -17,6 +18,7 @@ from rsplatform.model.embedder import Embedder
 
 # Axes flipped in each view: the identity, both mirrors and the half turn, which keep the patch grid (our default).
 VIEWS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def teach(
     A patch whose best prompt changes between views is ignored: a map that depends on the camera's turn is noise.
     """
     means, agreements = [], []
-    for images_BHWC in _batches(pictures):
+    for images_BHWC in track(_batches(pictures), "pseudo-labels", -(-len(pictures) // BATCH), transient=True):
         maps_VBPHW = view_maps(embedder, images_BHWC, texts_PE, window)
         best_VBHW = maps_VBPHW.argmax(dim=2)
         means.append(maps_VBPHW.mean(dim=0).cpu())
@@ -62,6 +64,6 @@ def teach(
     return TeacherLabels(labels_BHW, float(agrees_BHW.float().mean()))
 
 
-def _batches(pictures: list[np.ndarray], size: int = 64) -> Iterator[torch.Tensor]:
-    for start in range(0, len(pictures), size):
-        yield torch.from_numpy(np.stack(pictures[start : start + size]))
+def _batches(pictures: list[np.ndarray]) -> Iterator[torch.Tensor]:
+    for start in range(0, len(pictures), BATCH):
+        yield torch.from_numpy(np.stack(pictures[start : start + BATCH]))

@@ -11,7 +11,7 @@ before a row is read, because reading them may run code.
 import base64
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -19,11 +19,13 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
+from rich.progress import Progress
 
 from rsplatform import storage
 from rsplatform.config import Config, ConfigError, InputPath
 
 MAX_FILE_BYTES = 64 * 2**20
+CANDIDATES_PER_READ = 512
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,17 @@ def read_candidates(source: CandidateSource, resolve: Resolve, start: int, stop:
         return _read_parquet(source, resolve(source.path), numbers)
     listing = _listing(source, resolve)
     return [_read_file(*listing[number]) for number in numbers]
+
+
+def all_candidates(source: CandidateSource, resolve: Resolve, description: str) -> Iterator[Candidate]:
+    """Every candidate of a source's range, a run at a time in memory, under a progress bar."""
+    total = count_candidates(source, resolve)
+    with Progress(transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        for start in range(0, total, CANDIDATES_PER_READ):
+            for candidate in read_candidates(source, resolve, start, min(start + CANDIDATES_PER_READ, total)):
+                yield candidate
+                bar.advance(task)
 
 
 def _row_numbers(source: CandidateSource, num_rows: int) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import rasterio
+from watchfiles import watch
 
 from rsplatform import tracking
 from rsplatform.artifacts import Artifact, verify
@@ -29,6 +30,7 @@ SMALL_WORLD = [
     "train_overhead.epochs=8",
     "pretrain.phases.0.steps=5",
     "pretrain.phases.1.steps=120",
+    "pretrain.checkpoint_every_steps=30",
     "tune.num_trials=2",
     "tune.recipe.phases.0.steps=20",
     "self_train.steps_per_round=10",
@@ -57,39 +59,58 @@ SMALL_REAL = [
 
 @dataclass(frozen=True)
 class Demo:
-    """One finished demo: where its artifacts lie, and what it printed."""
+    """One finished demo: where its artifacts lie, what it printed and what it logged."""
 
     root: str
     printed: str
+    log: str
 
     def report(self, ref: str) -> dict:
         """The benchmarks of an evaluation."""
         return json.loads(Path(self.root, ref, "report.json").read_text())["benchmarks"]
 
 
-def run_demo(root: Path, recipe: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
-    """The job with a mark in its environment, which every process that it starts inherits."""
+def start_demo(root: Path, recipe: str, overrides: list[str]) -> subprocess.Popen[str]:
+    """The job with a mark in its environment, which every process that it starts inherits; it prints to files."""
     cluster = root / "cluster.yaml"
-    cluster.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     text = (REPOSITORY / "cluster" / "local.yaml").read_text().replace("./artifacts", str(root / "artifacts"))
     cluster.write_text(text.replace("port: 8000", "port: 0"))
     command = [sys.executable, "jobs/demo.py", recipe, str(cluster), *overrides]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | {MARK: str(root)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    with (root / "printed.txt").open("w") as printed, (root / "errors.txt").open("w") as errors:
+        return subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | {MARK: str(root)},
+            stdout=printed,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def run_demo(root: Path, recipe: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
+    """The job from its start to its end."""
+    process = start_demo(root, recipe, overrides)
     try:
         assert left_behind(root), "the mark must be visible while the job runs, else its absence proves nothing"
-        out, errors = process.communicate(timeout=LIMIT_S)
+        process.wait(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+    out, errors = (root / "printed.txt").read_text(), (root / "errors.txt").read_text()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def kill_in_training(root: Path) -> None:
+    """Start the demo and SIGKILL its driver when pretraining has written its first checkpoint."""
+    process = start_demo(root, "configs/demo/world.yaml", SMALL_WORLD)
+    for changes in watch(root, step=20, rust_timeout=2000, yield_on_timeout=True):
+        if any("/model/demo/v1/checkpoints/step_" in path for _, path in changes):
+            break
+        assert process.poll() is None, (root / "errors.txt").read_text()[-4000:]
+    process.kill()
+    process.wait()
 
 
 def summary_of(printed: str) -> list[str]:
@@ -113,12 +134,22 @@ def left_behind(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The small cut of the world demo."""
+    """The small cut of the world demo, killed in the middle of its training and started again."""
     folder = tmp_path_factory.mktemp("demo")
+    kill_in_training(folder)
     done = run_demo(folder, "configs/demo/world.yaml", SMALL_WORLD)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     assert not left_behind(folder)
-    return Demo(str(folder / "artifacts"), done.stdout)
+    return Demo(str(folder / "artifacts"), done.stdout, done.stderr)
+
+
+def test_a_killed_demo_goes_on_where_it_was(demo: Demo) -> None:
+    for stage in ("ingest_scenes", "filter_web", "caption", "build_dataset"):
+        assert f"{stage} stands from an earlier run" in demo.log
+    assert "pretrain → model/demo/v1" in demo.log
+    history = json.loads(Path(demo.root, "model/demo/v1/history.json").read_text())
+    steps = [row["step"] for row in history if "loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 125
 
 
 def test_the_summary_tells_the_whole_story(demo: Demo) -> None:

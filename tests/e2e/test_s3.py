@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +20,21 @@ from rasterio.transform import from_origin
 
 from rsplatform import artifacts, storage
 from rsplatform.artifacts import Artifact, ArtifactError
+from rsplatform.cluster import Cluster
+from rsplatform.config import read_yaml, validate
+from rsplatform.curate.caption import CaptionConfig, caption
+from rsplatform.curate.chips import IngestScenesConfig, ingest_scenes
+from rsplatform.dataset.build import BuildDatasetConfig, build_dataset
+from rsplatform.evaluate.run import EvaluateConfig, evaluate
+from rsplatform.index.build import BuildIndexConfig, build_index
 from rsplatform.ledger import Drop, read_drops, write_drops
+from rsplatform.localize.run import LocalizeConfig, localize
+from rsplatform.runtime import ray_runtime
+from rsplatform.train.launch import PretrainConfig, pretrain
+from rsplatform.world.build import MakeWorldConfig, make_world_artifact
 
 pytestmark = pytest.mark.e2e
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +44,8 @@ def s3_root() -> Iterator[str]:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert server.stdout
     endpoint = next(match[0] for line in server.stdout if (match := re.search(r"http://127\.0\.0\.1:\d+", line)))
+    # it logs every request: unread, its pipe would fill up and stop it
+    threading.Thread(target=deque, args=(server.stdout, 0), daemon=True).start()
     settings = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "testing",
@@ -106,3 +122,45 @@ def test_folders_travel_both_ways(s3_root: str, tmp_path: Path) -> None:
 def test_a_missing_bucket_is_named(s3_root: str) -> None:
     with pytest.raises(storage.StorageError, match="no-such-bucket.*not reachable"):
         storage.check_writable("s3://no-such-bucket/root")
+
+
+def recipe(path: str, **changes: object) -> dict:
+    """A recipe of the demo world with other values."""
+    return read_yaml(REPOSITORY / "configs" / path) | changes
+
+
+def test_the_chain_runs_on_a_bucket(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """World, chips, captions, dataset, model, evaluation, index and localization, each with s3:// as its root."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    small = {"scene_size_px": 512, "num_train_scenes": 2, "num_val_scenes": 1, "num_web_pairs": 0, "num_train_pairs": 0}
+    placement = {"num_actors": 1, "cpus_per_actor": 1, "memory_per_task_gb": 0.5}
+    cluster = Cluster.model_validate(
+        {"root": f"{s3_root}/chain", "num_cpus": 2, "data": placement, "train": {"launcher": "local"}}
+    )
+    pretraining = recipe("pretrain/world.yaml", batch_size=16)
+    pretraining["phases"] = [{"name": "chips", "steps": 2, "schedule": {"learning_rate": 1e-4}}]
+    sources = [{"type": "chips", "chips": "chips/demo/v1", "captions": "captions/demo/v1"}]
+    steps = [
+        (make_world_artifact, MakeWorldConfig, recipe("make_world/world.yaml", world=small)),
+        (ingest_scenes, IngestScenesConfig, recipe("ingest_scenes/world.yaml")),
+        (caption, CaptionConfig, recipe("caption/world.yaml")),
+        (build_dataset, BuildDatasetConfig, recipe("build_dataset/world.yaml", sources=sources)),
+        (pretrain, PretrainConfig, pretraining),
+        (evaluate, EvaluateConfig, recipe("evaluate/world.yaml")),
+        (build_index, BuildIndexConfig, recipe("build_index/world.yaml")),
+        (localize, LocalizeConfig, recipe("localize/world.yaml")),
+    ]
+    with ray_runtime(cluster):
+        made = {
+            front_door.__name__: front_door(validate(kind, values, "test"), cluster)
+            for front_door, kind, values in steps
+        }
+    for artifact in made.values():
+        artifacts.verify(artifact)
+    report = storage.read_json(made["evaluate"].path("report.json"))
+    assert report["benchmarks"]["world_val"]["num_images"] > 0
+    assert "smooth_miou" in report["benchmarks"]["world_masks"]
+    assert storage.exists(made["localize"].path("val_000_mask.tif"))
+    assert made["build_index"].manifest()["counts"]["kept"] == made["ingest_scenes"].manifest()["counts"]["kept"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "mlflow" not in str(path)]

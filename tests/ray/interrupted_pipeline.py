@@ -38,10 +38,10 @@ def read(shard: dict[str, Any]) -> pa.Table:
 
 
 class KillOnce:
-    """Passes tables on, but the first time it sees row `value` it kills: its own process, or the driver."""
+    """Passes tables on, but the first time it sees row `value` it kills its own process."""
 
-    def __init__(self, root: str, value: int, driver_pid: int | None = None):
-        self.root, self.value, self.driver_pid = Path(root), value, driver_pid
+    def __init__(self, root: str, value: int):
+        self.root, self.value = Path(root), value
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self.value in table["value"].to_pylist():
@@ -49,21 +49,21 @@ class KillOnce:
                 (self.root / f"killed-{self.value}").touch(exist_ok=False)
             except FileExistsError:
                 return table
-            if self.driver_pid is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            else:
-                self._kill_driver(self.driver_pid)
+            os.kill(os.getpid(), signal.SIGKILL)
         return table
 
-    def _kill_driver(self, driver_pid: int) -> None:
-        """Waits for a first finished shard, so that the driver dies in the middle, not at the start."""
-        deadline = time.monotonic() + 60
-        parts = self.root / "rows/test/v1/work/parts"
-        while not list(parts.glob("s*.json")):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no part file in {parts}")
-            time.sleep(0.05)
-        os.kill(driver_pid, signal.SIGKILL)
+
+class KillDriver:
+    """Passes tables on; kills the driver at the fourth. The same actor wrote the three before: it is the middle."""
+
+    def __init__(self, driver_pid: int):
+        self.driver_pid, self.num_seen = driver_pid, 0
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        self.num_seen += 1
+        if self.num_seen == 4:
+            os.kill(self.driver_pid, signal.SIGKILL)
+        return table
 
 
 def make_pipeline(root: str, *operations: Any) -> Pipeline:
@@ -75,9 +75,7 @@ def cluster(root: str) -> Cluster:
 
 
 def main(root: str, victim: str) -> None:
-    middle = NUM_SHARDS * SHARD_ROWS // 2 + 1
-    driver_pid = os.getpid() if victim == "driver" else 0
-    operations = [Loaded(KillOnce, (root, middle, driver_pid))] if driver_pid else []
+    operations = [Loaded(KillDriver, (os.getpid(),))] if victim == "driver" else []
     print(run_pipeline(make_pipeline(root, *operations), shards(root), cluster(root)))
 
 

@@ -3,12 +3,12 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from watchfiles import watch
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, TrainPlacement
@@ -70,25 +70,27 @@ def test_a_killed_worker_changes_nothing(cluster: Cluster, num_workers: int, eng
     undisturbed = train(cluster, f"undisturbed-{engine}", placement, **long)
     killed: list[int] = []
     folder = Path(cluster.root) / "model" / f"killed-{engine}" / "v1"
-    killer = threading.Thread(target=kill_a_worker_after_a_checkpoint, args=(folder, killed))
+    run_ended = threading.Event()
+    killer = threading.Thread(target=kill_a_worker_after_a_checkpoint, args=(folder, run_ended, killed))
     killer.start()
-    survivor = train(cluster, f"killed-{engine}", placement, **long)
-    killer.join()
+    try:
+        survivor = train(cluster, f"killed-{engine}", placement, **long)
+    finally:
+        run_ended.set()
+        killer.join()
     assert killed, "the run ended before its worker could be killed"
     assert greatest_difference(survivor, undisturbed) == 0.0
 
 
-def kill_a_worker_after_a_checkpoint(folder: Path, killed: list[int]) -> None:
-    """SIGKILL one training process of this test's Ray, as soon as there is a checkpoint and work is left."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (folder / "manifest.json").exists():
-        if list((folder / "checkpoints").glob("step_*.safetensors")):
+def kill_a_worker_after_a_checkpoint(folder: Path, run_ended: threading.Event, killed: list[int]) -> None:
+    """SIGKILL one training process of this test's Ray when the first checkpoint of `folder` appears."""
+    for changes in watch(folder.parents[2], stop_event=run_ended, step=10):
+        if any(path.startswith(f"{folder}/checkpoints/step_") for _, path in changes):
             for pid in descendants(os.getpid()):
                 if "RayTrainWorker" in command_line(pid):
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
                     return
-        time.sleep(0.005)
 
 
 def descendants(ancestor: int) -> list[int]:

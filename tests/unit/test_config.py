@@ -133,3 +133,24 @@ def test_a_recipe_can_be_composed_of_others_and_still_be_overridden(tmp_path: Pa
     assert load_config(Recipe, path, ["train.learning_rate=0.5"]).train == Schedule(learning_rate=0.5, warmup_steps=5)
     with pytest.raises(ConfigError, match=r"gone\.yaml: no such file"):
         load_config(Recipe, write(tmp_path, "train: !recipe gone.yaml\n"))
+
+
+def test_a_recipe_can_be_another_one_with_changes(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("output: model/a/v1\ntrain: {learning_rate: 0.5, warmup_steps: 5}\n")
+    path = write(tmp_path, "!recipe\nfrom: first.yaml\noutput: model/b/v1\n")
+    recipe = load_config(Recipe, path, ["train.warmup_steps=6"])
+    assert recipe.output == "model/b/v1"
+    assert recipe.train == Schedule(learning_rate=0.5, warmup_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: !recipe {output: model/a/v1}\n", "!recipe needs a file"),
+        ("train: !recipe [a.yaml]\n", "!recipe needs a file"),
+        ("output: model/a/v1\ntrain: !recipe recipe.yaml\n", "includes itself"),
+    ],
+)
+def test_bad_inclusions_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Recipe, write(tmp_path, text))

@@ -12,7 +12,7 @@ from rsplatform.train.engine import PlainEngine, gather_of_default_group
 from rsplatform.train.loader import Share
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import Hooks, LoopConfig, fit
-from tests.unit.train.process_group import run_processes
+from tests.processes.process_group import run_processes
 from tests.unit.train.tiny_training import tiny_loader, tiny_model
 
 NUM_STEPS, BATCH_SIZE = 4, 8
