@@ -1,0 +1,112 @@
+"""`ray job submit` against a real cluster on this machine: both spellings of a job, joined and not started anew."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rsplatform.artifacts import Artifact
+from rsplatform.cluster import Cluster
+from rsplatform.world.build import MakeWorldConfig, make_world_artifact
+from rsplatform.world.generate import WorldConfig
+
+pytestmark = pytest.mark.e2e
+REPOSITORY = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """A Ray head with its job server on loopback, stopped by its own process ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="rs-")  # short: Unix sockets below it have paths of at most 107 bytes
+    variables = os.environ | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    command = [
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--port=0",
+        "--num-cpus=2",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+    ]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--temp-dir={folder}"]
+    head = subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert head.stdout
+    started = next((line for line in head.stdout if "Ray runtime started" in line), None)
+    if not started:
+        head.kill()
+        pytest.fail("ray start ended without a runtime")
+    threading.Thread(target=deque, args=(head.stdout, 0), daemon=True).start()  # unread, its pipe would fill up
+    yield variables | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+    for process in [*psutil.Process(head.pid).children(recursive=True), head]:  # a polite end takes Ray half a minute
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A root with a very small world."""
+    root = str(tmp_path_factory.mktemp("root"))
+    size = WorldConfig(scene_size_px=256, num_train_scenes=2, num_val_scenes=1, num_web_pairs=0, num_train_pairs=0)
+    make_world_artifact(MakeWorldConfig(output="world/demo/v1", world=size), Cluster(root=root))
+    return root
+
+
+def submit(environment: dict[str, str], job: list[str]) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` as a person types it, again while the fresh head still says that it has no agent."""
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *job]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+
+
+@pytest.mark.parametrize("spelling", [["python", "jobs/ingest_scenes.py"], ["jobs/ingest_scenes.py"]])
+def test_a_submitted_job_joins_the_cluster(environment: dict[str, str], root: str, spelling: list[str]) -> None:
+    output = f"chips/submitted_{len(spelling)}/v1"
+    job = [*spelling, "configs/ingest_scenes/world.yaml", "cluster/local.yaml"]
+    job += [f"cluster.root={root}", f"output={output}", "composites=[]"]
+    done = submit(environment, job)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"Job 'raysubmit_\w+' succeeded", done.stdout)
+    assert Artifact(root, output).manifest()["counts"]["kept"] > 0
+
+
+def test_a_failing_job_fails(environment: dict[str, str], root: str) -> None:
+    job = ["jobs/ingest_scenes.py", "configs/ingest_scenes/world.yaml", "cluster/local.yaml", "chip_size=3"]
+    done = submit(environment, job)
+    assert done.returncode != 0
+    assert "chip_size_px" in done.stdout
+
+
+def test_the_working_directory_stays_small() -> None:
+    """What `--working-dir .` uploads: no artifacts, no environment, no history."""
+    ignored = (REPOSITORY / ".rayignore").read_text().split()
+    assert {"artifacts/", ".venv/", ".git/"} <= set(ignored)
+    sizes = {path: path.stat().st_size for path in (REPOSITORY / "rsplatform").rglob("*.py")}
+    assert sum(sizes.values()) < 2**20, json.dumps({str(p): s for p, s in sizes.items() if s > 2**15})
