@@ -1,0 +1,163 @@
+"""Images per second of a whole training step, ours against the open reproduction's, paired in one run.
+
+In: nothing (random pictures; caption lengths are full, or those of RSICD's train split if its JSON is given). Out: per
+size a check that both compute the same loss from the same weights, then images/s of both and the median ratio.
+The reference (reference_mammut.py) is the published step restated; with --conformance it is first held to the
+outputs of the original implementation. Needs torch and Pillow, no Ray.
+Run: `python benchmarks/train_step.py` or `python benchmarks/train_step.py --captions …/dataset_rsicd.json`
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from reference_mammut import SHAPES, ReferenceMammut, ReferenceShape, ReferenceStep
+from safetensors import safe_open
+from torch import Tensor
+
+from rsplatform.model.mammut import Mammut
+from rsplatform.model.openmammut import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, config_of_layout, tensors_of_layout
+from rsplatform.model.preprocess import normalise
+from rsplatform.model.weights import model_from_tensors
+from rsplatform.train.batch import Batch
+from rsplatform.train.engine import PlainEngine
+from rsplatform.train.optimizer import OptimizerConfig
+from rsplatform.train.pretrain import LoopConfig, forward_backward
+
+RATE = 1e-4
+
+
+def our_model(shape: ReferenceShape, reference: ReferenceMammut, *, skips_pads: bool) -> Mammut:
+    """Our model with the reference's weights; `skips_pads` takes masked mean pooling, which never computes pads."""
+    layout = shape.layout_config()
+    config = config_of_layout(layout, "benchmark")
+    tensors = {name: value.detach().clone() for name, value in reference.state_dict().items()}
+    model = model_from_tensors(config, tensors_of_layout(tensors, config), "benchmark")
+    if skips_pads:
+        text = type(config.text)(**{**vars(config.text), "pooling": "masked_mean"})
+        ours = Mammut(type(config)(config.vision, text, config.embedding_width))
+        ours.load_state_dict(model.state_dict())
+        model = ours
+    return model.train()
+
+
+def our_step(model: Mammut) -> Callable[[Batch], float]:
+    """Our loop's own step."""
+    engine, config = PlainEngine(model, OptimizerConfig()), LoopConfig(num_steps=1, seed=0)
+
+    def step(batch: Batch) -> float:
+        parts = forward_backward(engine, batch, 0, config)
+        engine.step(RATE)
+        return float(parts["loss"])
+
+    return step
+
+
+def make_batch(shape: ReferenceShape, lengths: list[int], generator: torch.Generator) -> Batch:
+    """Random pictures and token ids; sample i has lengths[i] tokens, the rest are pads up to the context."""
+    size, context = shape.image_size, shape.context_length
+    images_BHWC = torch.randint(0, 256, (len(lengths), size, size, 3), dtype=torch.uint8, generator=generator)
+    tokens_BT = torch.randint(1, shape.vocab_size, (len(lengths), context), generator=generator)
+    tokens_BT[torch.arange(context) >= torch.tensor(lengths)[:, None]] = 0
+    return Batch(images_BHWC, tokens_BT, tuple(str(index) for index in range(len(lengths))))
+
+
+def rsicd_lengths(path: Path, batch_size: int, context: int) -> list[int]:
+    """Words plus start and end of `batch_size` captions of RSICD's train split, evenly spread over it.
+
+    Byte-pair encodings give about one token a word here, so this is a little short of a real tokenizer's lengths.
+    """
+    images = json.loads(path.read_text())["images"]
+    captions = [sentence["raw"] for item in images if item["split"] == "train" for sentence in item["sentences"]]
+    lengths = sorted(len(caption.split()) for caption in captions)
+    middles = [(2 * index + 1) * len(lengths) // (2 * batch_size) for index in range(batch_size)]
+    return [min(context, lengths[middle] + 2) for middle in middles]
+
+
+def trimmed(batch: Batch) -> Batch:
+    """The batch as our loader pads it: to its longest caption, rounded up to a multiple of 8."""
+    longest = int((batch.tokens_BT != 0).sum(1).max())
+    width = min(batch.tokens_BT.shape[1], -(-longest // 8) * 8)
+    return Batch(batch.images_BHWC, batch.tokens_BT[:, :width], batch.sample_ids)
+
+
+def compare(name: str, lengths: list[int], repeats: int) -> None:
+    """Print images/s of both and the median of the paired ratios."""
+    shape = SHAPES[name]
+    torch.manual_seed(0)
+    reference = ReferenceMammut(shape)
+    is_full = min(lengths) == shape.context_length
+    batch = make_batch(shape, lengths, torch.Generator().manual_seed(1))
+    images_BCHW = normalise(batch.images_BHWC, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)
+    same = our_step(our_model(shape, reference, skips_pads=False))(batch)
+    theirs, ours = ReferenceStep(reference), our_step(our_model(shape, reference, skips_pads=not is_full))
+    first = theirs(images_BCHW, batch.tokens_BT)
+    assert abs(first - same) < 1e-3, f"{name}: the losses differ: {first} and {same}; the comparison would be unfair"
+    our_batch = batch if is_full else trimmed(batch)
+    ours(our_batch)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for index, step in enumerate((lambda: ours(our_batch), lambda: theirs(images_BCHW, batch.tokens_BT))):
+            started = time.perf_counter()
+            step()
+            seconds[index].append(time.perf_counter() - started)
+    ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+    pace = [len(lengths) / statistics.median(taken) for taken in seconds]
+    kind = "full captions" if is_full else f"captions of {min(lengths)}–{max(lengths)} tokens"
+    print(f"{name}, {kind}: ours {pace[0]:.2f}, reference {pace[1]:.2f} images/s, ratio {ratio:.2f} ×  (loss {first:.4f})")
+
+
+def hold_to_conformance(folder: Path) -> None:
+    """Print how far the restated reference is from the outputs that the original implementation gave."""
+    for path in sorted(folder.glob("openmammut_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            layout = json.loads((file.metadata() or {})["config"])
+        vision, text = layout["vision"], layout["text"]
+        heads = vision["heads"] if "heads" in vision else vision["width"] // vision["head_width"]
+        shape = ReferenceShape(
+            vision["width"], vision["layers"], heads, vision["patch_size"], vision["image_size"],
+            text["width"], text["layers"], text["heads"], text["context_length"], text["vocab_size"],
+            text.get("cross_attn_ratio", 2), text.get("has_mlp", True),
+        )  # fmt: skip
+        model = ReferenceMammut(shape).eval()
+        model.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("io.")})
+        with torch.inference_mode():
+            found = model(tensors["io.image"], tensors["io.text"])
+        wanted = (tensors["io.image_features"], tensors["io.text_features"], tensors["io.logits"])
+        gaps = [_gap(a, b) for a, b in zip(found, wanted, strict=True)]
+        assert max(gaps) < 1e-4, f"{path.name}: the reference is not the original: {gaps}"
+        print(f"{path.name}: the restated reference is within {max(gaps):.1e} of the original's outputs")
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max())
+
+
+def main() -> None:
+    """Parse, check, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--captions", type=Path, help="dataset_rsicd.json, for its train split's caption lengths")
+    parser.add_argument("--conformance", type=Path, help="folder of openmammut_*.safetensors with outputs of the original")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"float32, batch {arguments.batch_size}, {arguments.threads} threads, torch {torch.__version__}")
+    if arguments.conformance:
+        hold_to_conformance(arguments.conformance)
+    for name in arguments.sizes:
+        context = SHAPES[name].context_length
+        compare(name, [context] * arguments.batch_size, arguments.repeats)
+        if arguments.captions:
+            compare(name, rsicd_lengths(arguments.captions, arguments.batch_size, context), arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
