@@ -64,7 +64,11 @@ class Block(nn.Module):
             self.ln_1_kv = nn.LayerNorm(width)
         if has_mlp:
             self.ln_2 = nn.LayerNorm(width)
-            layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(4 * width, width))]
+            layers = [
+                ("c_fc", nn.Linear(width, 4 * width)),
+                ("gelu", nn.GELU()),
+                ("c_proj", nn.Linear(4 * width, width)),
+            ]
             self.mlp = nn.Sequential(OrderedDict(layers))
         self.has_mlp = has_mlp
 

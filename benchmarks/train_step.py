@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
+from rsplatform.model.normalise import normalise
 from rsplatform.model.openmammut import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, config_of_layout, tensors_of_layout
-from rsplatform.model.preprocess import normalise
 from rsplatform.model.weights import model_from_tensors
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import PlainEngine
@@ -108,7 +108,9 @@ def compare(name: str, lengths: list[int], repeats: int) -> None:
     ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
     pace = [len(lengths) / statistics.median(taken) for taken in seconds]
     kind = "full captions" if is_full else f"captions of {min(lengths)}–{max(lengths)} tokens"
-    print(f"{name}, {kind}: ours {pace[0]:.2f}, reference {pace[1]:.2f} images/s, ratio {ratio:.2f} ×  (loss {first:.4f})")
+    print(
+        f"{name}, {kind}: ours {pace[0]:.2f}, reference {pace[1]:.2f} images/s, ratio {ratio:.2f} ×  (loss {first:.4f})"
+    )
 
 
 def hold_to_conformance(folder: Path) -> None:
@@ -146,7 +148,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--captions", type=Path, help="dataset_rsicd.json, for its train split's caption lengths")
-    parser.add_argument("--conformance", type=Path, help="folder of openmammut_*.safetensors with outputs of the original")
+    parser.add_argument(
+        "--conformance", type=Path, help="folder of openmammut_*.safetensors with outputs of the original"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"float32, batch {arguments.batch_size}, {arguments.threads} threads, torch {torch.__version__}")

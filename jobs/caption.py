@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Job: see the front door's docstring, or run it without arguments."""
+"""Describe every chip in sentences that its landmarks support."""
 
 from rsplatform.cli import run_job
 from rsplatform.curate.caption import CaptionConfig, caption

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Job: see the front door's docstring, or run it without arguments."""
+"""Keep the overhead pictures among web pairs, with a reason for every drop."""
 
 from rsplatform.cli import run_job
 from rsplatform.curate.filter_web import FilterWebConfig, filter_web

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Job: see the front door's docstring, or run it without arguments."""
+"""Cut georeferenced scenes into chips and join each with the landmarks that it shows."""
 
 from rsplatform.cli import run_job
 from rsplatform.curate.chips import IngestScenesConfig, ingest_scenes

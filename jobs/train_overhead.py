@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Job: see the front door's docstring, or run it without arguments."""
+"""Train the classifier that tells pictures from above from all others, on their pixels alone."""
 
 from rsplatform.cli import run_job
 from rsplatform.curate.overhead import TrainOverheadConfig, train_overhead

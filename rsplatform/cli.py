@@ -1,7 +1,8 @@
 """The command line that all jobs share: `python jobs/X.py RECIPE.yaml CLUSTER.yaml key.path=value … [--dry-run]`.
 
-Exit codes: 0 done, 1 the job failed, 2 the call, recipe or cluster file is wrong. Keys that start with
-`cluster.` override the cluster file, all others the recipe.
+Exit codes: 0 done, 1 the job failed, 2 the call, recipe or cluster file is wrong, 130 stopped by Ctrl-C. Errors that
+this package defines say what to change in one sentence, also out of a Ray worker; others keep their traceback.
+Keys that start with `cluster.` override the cluster file, all others the recipe.
 """
 
 import logging
@@ -52,6 +53,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("httpx", "numexpr", "mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # tracking.py says itself what is away
 
 
 def _run(job: str, config_class: type[StageConfig], front_door: FrontDoor, example: str, arguments: list[str]) -> int:
@@ -66,28 +68,58 @@ def _run(job: str, config_class: type[StageConfig], front_door: FrontDoor, examp
             print("\n".join(plan(config, cluster)))
             return 0
         artifact = front_door(config, cluster)
-    except (ConfigError, ArtifactError) as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
-        return 2
-    except (StorageError, TrackingError) as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
     except Exception as error:
-        refusal = refused_write(error)
-        if refusal:
-            advice = (
-                "make room below metadata.rsplatform.root and in the temporary folder, then run the same command again"
-            )
-            print(redact(f"error: {job} failed: {refusal}; {advice} to resume"), file=sys.stderr)
-            return 1
-        logging.getLogger("rsplatform").exception("%s failed", job)
-        print(redact(f"error: {job} failed: {error}"), file=sys.stderr)
-        return 1
+        return _report(job, error)
     print(f"{job}: {artifact.uri}")
     return 0
+
+
+def _report(job: str, error: Exception) -> int:
+    """Say on stderr what went wrong, with the traceback only of an error that is not ours; returns the exit code."""
+    own = own_error(error)
+    if isinstance(own, ConfigError | ArtifactError):
+        print(redact(f"error: {own}"), file=sys.stderr)
+        return 2
+    refusal = None if isinstance(own, StorageError | TrackingError) else refused_write(error)
+    if refusal:
+        advice = "make room below metadata.rsplatform.root and in the temporary folder, then run the same command again"
+        print(redact(f"error: {job} failed: {refusal}; {advice} to resume"), file=sys.stderr)
+        return 1
+    if own is None:
+        logging.getLogger("rsplatform").error("%s failed", job, exc_info=error)
+    print(redact(f"error: {job} failed: {own or error}"), file=sys.stderr)
+    return 1
+
+
+def own_error(error: BaseException) -> BaseException | None:
+    """The error that this package defines: `error` itself, or what Ray wraps when a task, actor or worker raised it.
+
+    Only Ray's wrappers are opened: an error that someone raised while handling ours is another error.
+    """
+    waiting, seen = [error], set()
+    while waiting:
+        link = waiting.pop(0)
+        package = type(link).__module__.split(".")[0]
+        if package == "rsplatform":
+            return link
+        if package == "ray" and id(link) not in seen:
+            seen.add(id(link))
+            waiting += _wrapped_by_ray(link)
+    return None
+
+
+def _wrapped_by_ray(error: BaseException) -> list[BaseException]:
+    """What lies inside an error of Ray's, which is read by attribute: a job without Ray must not import it.
+
+    RayTaskError has `cause`; Ray Train has `worker_failures` by rank, `controller_failure` and `_base_exc`.
+    """
+    fields = vars(error)
+    inside = [fields.get("cause"), fields.get("controller_failure"), fields.get("_base_exc"), error.__cause__]
+    inside += (fields.get("worker_failures") or {}).values()
+    return [item for item in inside if isinstance(item, BaseException)]
 
 
 def _parse(config_class: type[StageConfig], arguments: list[str], usage: str) -> tuple[Any, Cluster, bool]:

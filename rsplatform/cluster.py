@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from rsplatform.config import Config, ConfigError, apply_override, read_yaml, validate
 
@@ -68,6 +68,12 @@ class Cluster(Config):
     train: TrainPlacement = TrainPlacement()
     tune: TunePlacement = TunePlacement()
     serve: ServePlacement = ServePlacement()
+    _arguments: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What a person writes on a job's command line to get this placement; empty if no file was read."""
+        return self._arguments
 
     def resolve(self, path: str) -> str:
         """An input path of a recipe as a local path or URI.
@@ -108,4 +114,6 @@ def load_cluster(path: str | Path, overrides: list[str] | None = None) -> Cluste
         if isinstance(values.get(key), str):
             place = os.path.expandvars(values[key]).rstrip("/")
             values[key] = place if "://" in place else str(Path(place or "/").expanduser().absolute())
-    return validate(Cluster, values, f"{path} metadata.rsplatform")
+    cluster = validate(Cluster, values, f"{path} metadata.rsplatform")
+    cluster._arguments = (str(path), *(f"cluster.{override}" for override in overrides or []))
+    return cluster

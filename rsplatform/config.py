@@ -32,6 +32,14 @@ class InputMarker:
     is_artifact: bool
 
 
+@dataclass(frozen=True)
+class TemplateMarker:
+    """Marks a section that is another job's recipe, but is not run as it stands: copies of it are (a sweep's trials).
+
+    Its inputs are those of the job that holds it, and its `output` is made by nobody.
+    """
+
+
 # "kind/name/version": the address of an artifact that a person chose.
 ArtifactRef = Annotated[str, StringConstraints(pattern=r"^[a-z_]+/[\w.-]+/[\w.-]+$")]
 InputArtifact = Annotated[ArtifactRef, InputMarker(is_artifact=True)]
@@ -184,8 +192,9 @@ def _flatten(annotation: Any) -> list[Any]:
 def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, bool]]:
     """Every input that a recipe names, as (field path, value, is_artifact); sections and lists are walked.
 
-    A section that is a job of its own (the demo composes them) has its own inputs and is left out.
+    A section that is a job of its own (`nested_jobs`) has its own inputs and is left out; a template's count here.
     """
+    jobs = nested_jobs(config)
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         path = f"{prefix}{name}"
@@ -196,10 +205,24 @@ def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str,
         element_marker = _element_marker(field.annotation)
         for index, item in enumerate(items):
             label = f"{path}.{index}" if isinstance(value, list | tuple) else path
-            if isinstance(item, BaseModel) and not isinstance(item, StageConfig):
+            if isinstance(item, BaseModel) and name not in jobs:
                 yield from iter_inputs(item, f"{label}.")
             elif element_marker and isinstance(item, str) and not markers:
                 yield label, item, element_marker.is_artifact
+
+
+def nested_jobs(config: BaseModel) -> dict[str, StageConfig]:
+    """The sections that are jobs of their own, which this one runs (the demo composes them), by field name."""
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, StageConfig) and not _is_template(type(config).model_fields[name].metadata)
+    }
+
+
+def _is_template(metadata: list[Any]) -> bool:
+    return any(isinstance(item, TemplateMarker) for item in metadata)
 
 
 def _element_marker(annotation: Any) -> InputMarker | None:

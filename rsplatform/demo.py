@@ -6,12 +6,12 @@ YAML. It fails unless retrieval beats chance and smooth attention beats raw patc
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field
 
-from rsplatform import summary
+from rsplatform import commands, summary
 from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import Config, StageConfig
@@ -33,7 +33,7 @@ from rsplatform.train.launch import PretrainConfig, pretrain
 from rsplatform.train.sweep import TuneConfig, tune
 from rsplatform.world.build import MakeWorldConfig, make_world_artifact
 
-CHAIN = "chain.json"
+CHAIN, SUMMARY = "chain.json", "summary.txt"
 LOGGER = logging.getLogger("rsplatform.demo")
 
 
@@ -86,18 +86,19 @@ def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
     done = finished(config, cluster)
     if done:
         _check_chain(done)
-        print(read_bytes(done.path("summary.txt")).decode())
+        print(read_bytes(done.path(SUMMARY)).decode())
         return done
     started = time.monotonic()
     with open_stage(config, cluster) as stage:
         with ray_runtime(cluster):
-            made = {name: artifact for name, artifact in _run_stages(config, cluster)}
+            stood, made = _run_stages(config, cluster)
             answer = _search(config, cluster)
         write_json(stage.artifact.path("search.json"), answer)
         write_json(stage.artifact.path(CHAIN), {item.ref: item.fingerprint() for item in made.values()})
-        facts = summary.collect(made, answer, time.monotonic() - started)
-        text = summary.render(facts, config.search.text, cluster.root)
-        write_bytes(stage.artifact.path("summary.txt"), text.encode())
+        facts = summary.collect(made, stood, answer, time.monotonic() - started)
+        text = summary.render(facts, config.search.text, commands.lines(config.serve, cluster))
+        write_bytes(stage.artifact.path(SUMMARY), text.encode())
+        stage.run.log_text(text, SUMMARY)
         print(text)
         stage.log(summary.numbers(facts))
         stage.counts = facts["chips"]
@@ -113,7 +114,8 @@ def _check_chain(done: Artifact) -> None:
             raise ArtifactError(f"{done.uri}: {ref} was made again since; name a new version in `output`")
 
 
-def _run_stages(config: DemoConfig, cluster: Cluster) -> Iterator[tuple[str, Artifact]]:
+def _run_stages(config: DemoConfig, cluster: Cluster) -> tuple[list[str], dict[str, Artifact]]:
+    """Every arrow once: the names of those that stood from an earlier run, and all artifacts by name."""
     doors: list[tuple[str, StageConfig | None, Callable[..., Artifact]]] = [
         ("world", config.world, make_world_artifact),
         ("ingest_scenes", config.ingest_scenes, ingest_scenes),
@@ -129,19 +131,22 @@ def _run_stages(config: DemoConfig, cluster: Cluster) -> Iterator[tuple[str, Art
         ("self_train", config.self_train, self_train),
         ("evaluate_self_trained", config.evaluate_self_trained, evaluate),
     ]
+    stood: list[str] = []
+    made: dict[str, Artifact] = {}
     for name, recipe, front_door in doors:
         if recipe is None:
             continue
         stands = finished(recipe, cluster)
         if stands:
             LOGGER.info("%s stands from an earlier run", name)
-            yield name, stands
+            stood.append(name)
+            made[name] = stands
             continue
         LOGGER.info("%s → %s", name, recipe.output)
         started = time.monotonic()
-        artifact = front_door(recipe, cluster)
+        made[name] = front_door(recipe, cluster)
         LOGGER.info("%s done in %.0f s", name, time.monotonic() - started)
-        yield name, artifact
+    return stood, made
 
 
 def _search(config: DemoConfig, cluster: Cluster) -> dict[str, Any]:

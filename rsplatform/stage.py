@@ -11,7 +11,7 @@ from typing import Any
 from rsplatform import artifacts, storage, tracking
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, StageConfig, iter_inputs
+from rsplatform.config import ConfigError, StageConfig, iter_inputs, nested_jobs
 
 
 @dataclass
@@ -75,7 +75,7 @@ def open_stage(config: StageConfig, cluster: Cluster) -> Iterator[Stage]:
         manifest = artifacts.commit(artifact, recipe, counts=stage.counts, metrics=stage.metrics, run_id=run.run_id)
         run.log_document(manifest, "manifest.json")
     except BaseException:
-        run.end("FAILED")
+        run.fail()
         raise
     run.end("FINISHED")
 
@@ -105,8 +105,7 @@ def plan(config: StageConfig, cluster: Cluster) -> list[str]:
         ConfigError: a source path that does not exist.
         ArtifactError: the output was made or begun by another recipe, as the run itself would say.
     """
-    jobs = [(name, getattr(config, name)) for name in type(config).model_fields]
-    lines = [f"{name}: {line}" for name, job in jobs if isinstance(job, StageConfig) for line in plan(job, cluster)]
+    lines = [f"{name}: {line}" for name, job in nested_jobs(config).items() for line in plan(job, cluster)]
     for path, value, is_artifact in iter_inputs(config):
         if is_artifact or value.startswith("artifact://"):
             ref = input_artifacts(config)[path]

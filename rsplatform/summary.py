@@ -8,15 +8,22 @@ from typing import Any
 
 from rsplatform.artifacts import Artifact
 from rsplatform.storage import read_json
+from rsplatform.train.sweep import TRIAL
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def collect(made: Mapping[str, Artifact], answer: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Facts of one run: funnels, training, evaluation before and after self-training, the sweep, the search."""
+def collect(
+    made: Mapping[str, Artifact], stood: Sequence[str], answer: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Facts of one run: funnels, training, evaluation before and after self-training, the sweep, the search.
+
+    `stood` names the stages that an earlier run had made: `seconds` does not hold their time.
+    """
     manifests = {name: artifact.manifest() for name, artifact in made.items()}
     facts = {
         "seconds": seconds,
+        "stood": list(stood),
         "scenes": manifests["ingest_scenes"]["counts"]["scenes"],
         "chips": _funnel(manifests["ingest_scenes"]["counts"]),
         "web": _funnel(manifests["filter_web"]["counts"]),
@@ -25,7 +32,7 @@ def collect(made: Mapping[str, Artifact], answer: Mapping[str, Any], seconds: fl
         "history": read_json(made["pretrain"].path("history.json")),
         "training": manifests["pretrain"]["counts"],
         "training_metrics": manifests["pretrain"]["metrics"],
-        "sweep": manifests["tune"]["metrics"],
+        "sweep": _sweep(made["tune"], manifests["tune"]),
         "rounds": read_json(made["self_train"].path("rounds.json")),
         "evaluation": read_json(made["evaluate"].path("report.json"))["benchmarks"],
         "self_trained": read_json(made["evaluate_self_trained"].path("report.json"))["benchmarks"],
@@ -46,12 +53,24 @@ def numbers(facts: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in flat.items()}
 
 
-def render(facts: Mapping[str, Any], query: str, root: str) -> str:
-    """The summary as plain text."""
+def _sweep(artifact: Artifact, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How many trials there were, the best one's held-out loss and the values that it was drawn with."""
+    best = int(manifest["metrics"]["best/trial"])
+    objective = manifest["config"]["objective"]
+    return manifest["counts"] | {
+        "trial": best,
+        "objective": objective,
+        "loss": manifest["metrics"][f"best/{objective}"],
+        "values": read_json(artifact.path(f"trials/{best}/{TRIAL}"))["values"],
+    }
+
+
+def render(facts: Mapping[str, Any], query: str, next_commands: Sequence[str]) -> str:
+    """The summary as plain text; `next_commands` are its last lines."""
     training, metrics = facts["training"], facts["training_metrics"]
     losses = [row["loss"] for row in facts["history"] if "loss" in row]
     lines = [
-        f"rsplatform demo: every arrow ran in {facts['seconds'] / 60:.1f} min",
+        _headline(facts["seconds"], len(facts["folders"]), facts["stood"]),
         "",
         f"  scenes     {_kept(facts['scenes'])}",
         f"  chips      {_kept(facts['chips'])}",
@@ -60,15 +79,31 @@ def render(facts: Mapping[str, Any], query: str, root: str) -> str:
         f"  dataset    {_kept(facts['dataset'])}",
         f"  training   loss {losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f} · {training['samples_seen']:,} "
         f"samples in {metrics['training_minutes']:.1f} min{_stopped(training)}",
+        f"  sweep      {_best_trial(facts['sweep'])}",
         *(line for name, scores in facts["evaluation"].items() for line in _scores(name, scores, facts)),
         f"  self-train {_rounds(facts['rounds'])}",
         f"  on a map   {facts['regions']:.0f} regions as GeoJSON and COGs in {facts['folders']['localize']}",
         *_search(facts["search"], query),
         "",
-        f"what every job recorded: make mlflow   (database below {root})",
-        "search it yourself:      make serve    then open http://127.0.0.1:8000",
+        *next_commands,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _headline(seconds: float, num_arrows: int, stood: Sequence[str]) -> str:
+    minutes = f"{seconds / 60:.1f} min"
+    if not stood:
+        return f"rsplatform demo: every arrow ran, in {minutes}"
+    ran = num_arrows - len(stood)
+    return f"rsplatform demo: {ran} of {num_arrows} arrows ran, in {minutes}; from an earlier run: {', '.join(stood)}"
+
+
+def _best_trial(sweep: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in sweep["values"].items())
+    return (
+        f"trial {sweep['trial']} of {sweep['trials']} ({sweep['stopped_early']} stopped early) is best: "
+        f"{sweep['objective']} {sweep['loss']:.3f} with {values}"
+    )
 
 
 def _overhead(metrics: Mapping[str, float]) -> str:

@@ -6,19 +6,20 @@ over steps. Default store: SQLite and local artifacts under the root; MLFLOW_TRA
 
 import contextlib
 import contextvars
+import logging
 import os
 import re
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from rsplatform.storage import is_s3
 
+LOGGER = logging.getLogger("rsplatform.tracking")
+METRICS_PER_CALL = 1000  # MLflow's limit for one batch
 _parent_run: contextvars.ContextVar[str | None] = contextvars.ContextVar("parent_run", default=None)
 _SECRET = re.compile(r"(?i)(secret|password|token$|access_key|api_key)")
 _URL_QUERY = re.compile(r"(\w+://[^\s?#]+)\?[^\s]*")
@@ -42,13 +43,17 @@ def tracking_uri(root: str) -> str:
     return f"sqlite:///{root}/mlflow.db"
 
 
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
 def check_reachable(uri: str) -> None:
     """Fail within seconds, naming the server, instead of after MLflow's minutes of retries.
 
     Raises:
         TrackingError: the server at `uri` does not answer its health check.
     """
-    if not uri.startswith(("http://", "https://")):
+    if not _is_server(uri):
         return
     try:
         httpx.get(f"{uri.rstrip('/')}/health", timeout=5, trust_env=False).raise_for_status()
@@ -60,55 +65,135 @@ def check_reachable(uri: str) -> None:
 
 
 def _client(uri: str) -> Any:
+    # MLflow's own client repeats a call for minutes, in which a job, and its GPUs, would stand still.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     # Imported here: MLflow takes seconds to import, which `--help` and `--dry-run` should not pay.
     import mlflow
 
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
+@contextlib.contextmanager
+def _answered(uri: str) -> Iterator[Any]:
+    """A client inside this block; TrackingError if a server does not answer it (a refusal stays MLflow's error)."""
+    from mlflow.exceptions import MlflowException, RestException
+
+    try:
+        yield _client(uri)
+    except RestException:
+        raise
+    except MlflowException as error:
+        if not _is_server(uri):  # a database on our own disk is not away: it is broken
+            raise
+        reason = str(error).rpartition(": ")[2].strip("\"')")  # requests tell their whole nesting, the cause last
+        raise TrackingError(f"MLflow at {uri} does not answer ({reason})") from error
+
+
+@dataclass
+class Outbox:
+    """Metrics that the server has not taken yet, oldest first: (name, value, timestamp in ms, step)."""
+
+    rows: list[tuple[str, float, int, int]] = field(default_factory=list)
+    is_server_away: bool = False
+    retry_at_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class Run:
-    """One MLflow run; picklable, so that rank 0 of a training job can write to it from another process."""
+    """One MLflow run; picklable, so that rank 0 of a training job can write to it from another process.
+
+    Once a run is open, a server that goes away stops no job: metrics wait in the outbox and are sent in order when it
+    answers again; of anything else a warning says that it is not recorded. A broken database under the root raises.
+    """
 
     uri: str
     run_id: str
+    outbox: Outbox = field(default_factory=Outbox, compare=False, repr=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Write scalars at `step`."""
+        """Write scalars at `step`, after those that still wait."""
+        now = int(time.time() * 1000)
+        self.outbox.rows.extend((_metric_name(key), float(value), now, step) for key, value in metrics.items())
+        if time.monotonic() >= self.outbox.retry_at_s:
+            self._deliver()
+
+    def flush(self) -> None:
+        """Send what still waits; a warning says what could not be sent, and will not be, after this process."""
+        if self.outbox.rows:
+            self._deliver()
+        if self.outbox.rows:
+            number, steps = len(self.outbox.rows), sorted({step for *_, step in self.outbox.rows})
+            place = f"steps {steps[0]} to {steps[-1]} of run {self.run_id}"
+            LOGGER.warning("%d metrics of %s could not be sent to MLflow at %s", number, place, self.uri)
+
+    def _deliver(self) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        rows = [Metric(_metric_name(key), float(value), now, step) for key, value in metrics.items()]
-        _client(self.uri).log_batch(self.run_id, metrics=rows)
+        box, started_s = self.outbox, time.monotonic()
+        try:
+            with _answered(self.uri) as client:
+                while box.rows:
+                    batch = box.rows[:METRICS_PER_CALL]
+                    client.log_batch(self.run_id, metrics=[Metric(*row) for row in batch])
+                    del box.rows[: len(batch)]
+        except TrackingError as error:
+            if not box.is_server_away:
+                LOGGER.warning("%s; the job goes on and sends its metrics later", error)
+            # a server that hangs until the timeout is asked seldom: at most a tenth of the job's time is lost
+            box.retry_at_s = time.monotonic() + 10 * (time.monotonic() - started_s)
+        else:
+            if box.is_server_away:
+                LOGGER.info("MLflow at %s answers again", self.uri)
+        box.is_server_away = bool(box.rows)
+
+    def _write(self, what: str, write: Callable[[Any], object]) -> None:
+        try:
+            with _answered(self.uri) as client:
+                write(client)
+        except TrackingError as error:
+            LOGGER.warning("%s is not recorded in run %s: %s", what, self.run_id, error)
 
     def latest_metrics(self) -> dict[str, float]:
-        """The last value of each metric (another process may be the one that writes them)."""
-        return dict(_client(self.uri).get_run(self.run_id).data.metrics)
+        """The last value of each metric (another process may be the one that writes them).
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        with _answered(self.uri) as client:
+            return dict(client.get_run(self.run_id).data.metrics)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; values are redacted and cut to MLflow's limit."""
         from mlflow.entities import RunTag
 
         rows = [RunTag(key, redact(str(value))[:5000]) for key, value in tags.items()]
-        _client(self.uri).log_batch(self.run_id, tags=rows)
+        self._write(f"tags {', '.join(tags)}", lambda client: client.log_batch(self.run_id, tags=rows))
 
     def log_picture(self, figure: Any, name: str) -> None:
         """Store a matplotlib figure or a PIL image as artifact `name`."""
-        _client(self.uri).log_figure(self.run_id, figure, name) if hasattr(figure, "savefig") else _client(
-            self.uri
-        ).log_image(self.run_id, figure, name)
+        kind = "log_figure" if hasattr(figure, "savefig") else "log_image"
+        self._write(name, lambda client: getattr(client, kind)(self.run_id, figure, name))
 
     def log_document(self, document: Mapping[str, Any], name: str) -> None:
         """Store a JSON document as artifact `name`."""
-        _client(self.uri).log_dict(self.run_id, dict(document), name)
+        self._write(name, lambda client: client.log_dict(self.run_id, dict(document), name))
 
-    def log_file(self, path: Path, folder: str = "") -> None:
-        """Store a local file below `folder` of the run's artifacts."""
-        _client(self.uri).log_artifact(self.run_id, str(path), folder or None)
+    def log_text(self, text: str, name: str) -> None:
+        """Store a text as artifact `name`."""
+        self._write(name, lambda client: client.log_text(self.run_id, text, name))
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED or FAILED."""
-        _client(self.uri).set_terminated(self.run_id, status)
+        """Close the run as FINISHED or FAILED, with all its metrics."""
+        self.flush()
+        self._write(f"the end ({status})", lambda client: client.set_terminated(self.run_id, status))
+
+    def fail(self, status: str = "FAILED") -> None:
+        """Close the run on an error's way out: whatever MLflow says, that error must reach the user."""
+        try:
+            self.end(status)
+        except Exception as error:
+            LOGGER.warning("run %s could not be marked %s: %s", self.run_id, status, error)
 
 
 def start_run(
@@ -127,21 +212,25 @@ def start_run(
     """
     uri = tracking_uri(root)
     check_reachable(uri)
-    client = _client(uri)
-    if resume and _run_exists(client, resume):
-        client.update_run(resume, status="RUNNING")
-        return Run(uri, resume)
-    experiment_id = _experiment_id(client, experiment, uri, root)
-    parent = _parent_run.get() or os.environ.get("RSPLATFORM_PARENT_RUN_ID")
-    parent_tags = {"mlflow.parentRunId": parent} if parent and _run_exists(client, parent) else {}
-    created = client.create_run(experiment_id, run_name=name, tags={**tags, **parent_tags})
-    run = Run(uri, created.info.run_id)
+    with _answered(uri) as client:
+        if resume and _run_exists(client, resume):
+            client.update_run(resume, status="RUNNING")
+            return Run(uri, resume)
+        parent = _parent_run.get()
+        parent_tags = {"mlflow.parentRunId": parent} if parent and _run_exists(client, parent) else {}
+        experiment_id = _experiment_id(client, experiment, uri, root)
+        run_id = client.create_run(experiment_id, run_name=name, tags={**tags, **parent_tags}).info.run_id
+        _log_params(client, run_id, params)
+    return Run(uri, run_id)
+
+
+def _log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    flat = [Param(key, redact(str(value))[:6000]) for key, value in flatten(params).items() if not _SECRET.search(key)]
+    public = {key: redact(str(value))[:6000] for key, value in flatten(params).items() if not _SECRET.search(key)}
+    flat = [Param(_param_name(key), value) for key, value in public.items()]
     for start in range(0, len(flat), 100):  # MLflow's limit for one batch
-        client.log_batch(run.run_id, params=flat[start : start + 100])
-    return run
+        client.log_batch(run_id, params=flat[start : start + 100])
 
 
 @contextlib.contextmanager
@@ -167,7 +256,9 @@ def _run_exists(client: Any, run_id: str) -> bool:
 
     try:
         client.get_run(run_id)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise
         return False
     return True
 
@@ -176,12 +267,18 @@ def _metric_name(name: str) -> str:
     return re.sub(r"[^\w./ -]", "_", name)
 
 
+def _param_name(name: str) -> str:
+    """A dotted key whose parts may be any text (the keys of a mapping) as MLflow takes it: no path, 250 characters."""
+    return re.sub(r"[^\w. -]", "_", name)[:250]
+
+
 def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys, as in the overrides of the command line."""
+    """Nested mappings and lists as dotted keys (phases.0.steps), as in the overrides of the command line."""
     flat: dict[str, Any] = {}
     for key, value in document.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+        inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        if isinstance(inner, Mapping) and inner:
+            flat |= flatten(inner, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -194,8 +291,3 @@ def redact(text: str) -> str:
         if len(value) >= 8 and _SECRET.search(name):
             text = text.replace(value, "[redacted]")
     return text
-
-
-def local_copy(run: Run, name: str) -> Path:
-    """Download one artifact of a run into a temporary folder (tests and reports)."""
-    return Path(_client(run.uri).download_artifacts(run.run_id, name, tempfile.mkdtemp()))

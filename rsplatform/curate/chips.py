@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import lance
 from pydantic import Field, model_validator
+from rich.progress import track
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
@@ -42,7 +43,9 @@ class IngestScenesConfig(StageConfig):
     """Which scenes and landmarks, and how chips are cut.
 
     `holdout_scenes` are globs over scene ids whose chips become split val. `min_landmark_px` is the visible area, in
-    pixels of the chip, from which a landmark counts. (The sizes are our defaults; the paper gives 224 px, sub-metre.)
+    pixels of the chip, from which a landmark counts. A chip that shows none is dropped unless the recipe or its source
+    says `keep_without_landmark`; it gets no caption then, but is searched and self-trained on. (The sizes are our
+    defaults; the paper gives 224 px, sub-metre.)
     """
 
     scenes: list[SceneSource] = Field(min_length=1)
@@ -58,7 +61,8 @@ class IngestScenesConfig(StageConfig):
 
     @model_validator(mode="after")
     def _landmarks_are_given(self) -> "IngestScenesConfig":
-        if not self.landmarks and not self.keep_without_landmark:
+        kept = [source.keep_without_landmark for source in self.scenes]
+        if not self.landmarks and not any(self.keep_without_landmark if keep is None else keep for keep in kept):
             raise ValueError("no landmarks, so every chip would be dropped; give some or set keep_without_landmark")
         return self
 
@@ -103,20 +107,19 @@ def _scenes(config: IngestScenesConfig, cluster: Cluster) -> tuple[list[Scene], 
     """Every usable scene with its split, composites in place of their members, and a drop for each unusable file."""
     scenes: dict[str, Scene] = {}
     drops = []
-    for source in config.scenes:
-        for uri, place in find_scene_files(source, cluster.resolve):
-            try:
-                scene = describe_scene(uri, place, source)
-                if not windows_of(scene, config.recipe):
-                    raise SceneError("too_small", f"{place}: no chip of {config.recipe.size_m:g} m fits")
-            except SceneError as error:
-                drops.append(Drop(uri, error.reason, error.detail))
-                continue
-            if scene.id in scenes:
-                raise ConfigError(
-                    f"scenes: two files are called {scene.id}: {scenes[scene.id].uri} and {uri}; rename one"
-                )
-            scenes[scene.id] = scene
+    files = [(source, *file) for source in config.scenes for file in find_scene_files(source, cluster.resolve)]
+    for source, uri, place in track(files, description="describe scenes", transient=True):
+        try:
+            scene = describe_scene(uri, place, source)
+            if not windows_of(scene, config.recipe):
+                size_m = config.recipe.for_scene(scene).size_m
+                raise SceneError("too_small", f"{place}: no chip of {size_m:g} m fits")
+        except SceneError as error:
+            drops.append(Drop(uri, error.reason, error.detail))
+            continue
+        if scene.id in scenes:
+            raise ConfigError(f"scenes: two files are called {scene.id}: {scenes[scene.id].uri} and {uri}; rename one")
+        scenes[scene.id] = scene
     if not scenes:
         raise ConfigError(f"scenes: none of {len(drops)} files is usable: {drops[0].reason}: {drops[0].detail}")
     for composite in config.composites:
@@ -167,5 +170,6 @@ def _log_pictures(stage: Stage) -> None:
     """Contact sheets: some kept chips with their largest landmarks, some dropped windows with their reason."""
     chips = lance.dataset(stage.artifact.path(CHIPS_TABLE), storage_options=storage.lance_options(stage.artifact.uri))
     rows = chips.take(spread(chips.count_rows()), columns=["image", "landmarks"]).to_pylist()
-    kept = [(row["image"], ", ".join(dict.fromkeys(item["kind"] for item in row["landmarks"]))) for row in rows]
+    kinds = [", ".join(dict.fromkeys(item["kind"] for item in row["landmarks"])) for row in rows]
+    kept = [(row["image"], label or "no landmark") for row, label in zip(rows, kinds, strict=True)]
     log_contact_sheets(stage.run, kept, dropped_pictures(stage.artifact))

@@ -22,6 +22,9 @@ from rsplatform.records import CHIP_SCHEMA, Landmark
 from rsplatform.sources.landmarks import LandmarkIndex, VisibleLandmark
 from rsplatform.sources.scenes import Layer, Scene, SceneError, open_pixels, read_window, scene_from_json
 
+# Whether a row's scene keeps chips that show no landmark: from the cutter to the joiner, not into the table.
+KEEP_COLUMN = "keep_without_landmark"
+
 
 @dataclass(frozen=True)
 class ChipRecipe:
@@ -39,15 +42,18 @@ class ChipRecipe:
         """Ground extent of a chip."""
         return self.size_px * self.ground_sample_distance_m
 
-    def at_scale_of(self, scene: Scene) -> "ChipRecipe":
-        """The recipe with the ground sample distance that a scene's source asks for, if it does."""
-        scale = scene.chip_ground_sample_distance_m
-        return replace(self, ground_sample_distance_m=scale) if scale else self
+    def for_scene(self, scene: Scene) -> "ChipRecipe":
+        """The recipe with what the scene's source asks for otherwise."""
+        wanted = {
+            "ground_sample_distance_m": scene.chip_ground_sample_distance_m,
+            "keep_without_landmark": scene.keep_without_landmark,
+        }
+        return replace(self, **{name: value for name, value in wanted.items() if value is not None})
 
 
 def windows_of(scene: Scene, recipe: ChipRecipe) -> list[ChipWindow]:
     """All windows of a scene, in the order in which shards number them."""
-    recipe = recipe.at_scale_of(scene)
+    recipe = recipe.for_scene(scene)
     return lay_out_chips(scene.grid, recipe.size_m, recipe.size_m * recipe.stride_fraction)
 
 
@@ -92,7 +98,9 @@ class CutChips:
     def _cut(self, scene: Scene, strip: "_Block", window: ChipWindow) -> dict[str, Any]:
         image_HWC, nodata_fraction = resample(*strip.part(window), self.recipe.size_px)
         row = _row(scene, window) | {"nodata_fraction": nodata_fraction}
-        row["ground_sample_distance_m"] = self.recipe.at_scale_of(scene).ground_sample_distance_m
+        recipe = self.recipe.for_scene(scene)
+        row["ground_sample_distance_m"] = recipe.ground_sample_distance_m
+        row[KEEP_COLUMN] = recipe.keep_without_landmark
         row["image"] = to_jpeg(image_HWC)  # of a dropped one too, for the contact sheet
         if nodata_fraction > self.recipe.max_nodata_fraction:
             return row | {"drop_reason": "nodata", "drop_detail": f"{nodata_fraction:.2f} of the chip has no data"}
@@ -152,11 +160,8 @@ class JoinLandmarks:
         corners = np.array(table["corners_lonlat"].to_pylist(), dtype=np.float64).reshape(-1, 4, 2)
         visible = self._index.visible(corners, self._recipe.min_landmark_px / self._recipe.size_px**2)
         landmarks = [[_landmark_row(item) for item in found] for found in visible]
-        reasons = table["drop_reason"].to_pylist()
-        if not self._recipe.keep_without_landmark:
-            reasons = [
-                reason or (None if found else "no_landmark") for reason, found in zip(reasons, visible, strict=True)
-            ]
+        kept = zip(table["drop_reason"].to_pylist(), visible, table[KEEP_COLUMN].to_pylist(), strict=True)
+        reasons = [reason or (None if found or keep else "no_landmark") for reason, found, keep in kept]
         table = replace_column(table, "landmarks", pa.array(landmarks, CHIP_SCHEMA.field("landmarks").type))
         return replace_column(table, "drop_reason", pa.array(reasons, pa.string()))
 
@@ -173,4 +178,5 @@ def _landmark_row(item: VisibleLandmark) -> dict[str, Any]:
 
 
 def _read_schema() -> pa.Schema:
-    return pa.schema([*CHIP_SCHEMA, *DROP_FIELDS, pa.field("corners_lonlat", pa.list_(pa.float64(), 8))])
+    between = [pa.field("corners_lonlat", pa.list_(pa.float64(), 8)), pa.field(KEEP_COLUMN, pa.bool_())]
+    return pa.schema([*CHIP_SCHEMA, *DROP_FIELDS, *between])

@@ -4,6 +4,7 @@ Shards decide what a row alone can decide: readable, not an evaluation or traini
 What needs all rows, duplicates and repeated texts, is deleted from the committed table, whose bytes are written once.
 """
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
+from rich.progress import track
 
 from rsplatform import storage
 from rsplatform.artifacts import open_artifact
@@ -34,23 +37,26 @@ from rsplatform.records import WEB_PAIR_SCHEMA
 from rsplatform.sources.web import Candidate, CandidateSource, all_candidates, count_candidates, read_candidates
 from rsplatform.stage import Artifact, Stage, finished, open_stage
 
-STAGE = "filter_web"
+STAGE, EVALUATION_STAGE = "filter_web", "evaluation_images"
 TABLE = "web_pairs.lance"
 EVALUATION_HASHES = "work/evaluation_hashes.json"
 SHARD_CANDIDATES = 256
+VALIDATION_SEED = "validation"
 
 
 class FilterWebConfig(StageConfig):
     """Candidates, the classifier that judges them, and what they must not repeat.
 
     `evaluation_images`: no candidate may be a copy of one of these. `max_text_repeats`: how many rows may carry the
-    same caption (our default).
+    same caption. `validation_fraction`: the share of rows whose split is val, drawn by their id alone. (The numbers are
+    our defaults.)
     """
 
     candidates: list[CandidateSource] = Field(min_length=1)
     overhead: InputArtifact
     evaluation_images: list[CandidateSource] = Field(default_factory=list)
     max_text_repeats: int = Field(default=20, ge=1)
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
 
 
 def filter_web(config: FilterWebConfig, cluster: Cluster) -> Artifact:
@@ -59,15 +65,16 @@ def filter_web(config: FilterWebConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        _store_evaluation_hashes(config, cluster, stage.artifact)
+        evaluation_counts = store_evaluation_hashes(config, cluster, stage.artifact)
         shards = make_shards(config, cluster)
         run_pipeline(make_pipeline(config, cluster, stage.artifact), shards, cluster)
         repeats = drop_repeats(stage.artifact, config.max_text_repeats)
         write_drops(stage.artifact, STAGE, "repeats", repeats)
         table = _open(stage.artifact)
         num_inputs = sum(shard["stop"] - shard["start"] for shard in shards)
-        reasons = read_drops(stage.artifact)["reason"].to_pylist()
-        stage.counts = counts(num_inputs, table.count_rows(), reasons)
+        drops = read_drops(stage.artifact).filter(pc.field("stage") == STAGE)
+        stage.counts = counts(num_inputs, table.count_rows(), drops["reason"].to_pylist())
+        stage.counts["evaluation_images"] = evaluation_counts
         stage.log({"web_pairs": table.count_rows(), "kept_fraction": table.count_rows() / num_inputs})
         _log_pictures(stage)
     return stage.artifact
@@ -112,7 +119,8 @@ class ReadCandidates:
         return pa.Table.from_pylist(rows, schema=schema)
 
     def _row(self, candidate: Candidate, content: frozenset[str], near: NearIndex) -> dict[str, Any]:
-        row: dict[str, Any] = {"id": candidate.id, "image": candidate.image, "split": "train", "captions": []}
+        row: dict[str, Any] = {"id": candidate.id, "image": candidate.image, "captions": []}
+        row["split"] = "val" if is_validation(candidate.id, self.config.validation_fraction) else "train"
         try:
             if candidate.problem or candidate.image is None:
                 raise ImageError(candidate.problem or "no_image", "")
@@ -126,6 +134,12 @@ class ReadCandidates:
         except (ImageError, TextRejected) as error:
             row |= {"drop_reason": error.reason, "drop_detail": error.detail}
         return row
+
+
+def is_validation(candidate_id: str, fraction: float) -> bool:
+    """Whether a row belongs to split val: by a hash of its id, so neither order nor shards nor neighbours matter."""
+    digest = hashlib.sha256(f"{VALIDATION_SEED}/{candidate_id}".encode()).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def clean_captions(texts: tuple[str, ...]) -> list[str]:
@@ -175,7 +189,8 @@ def drop_repeats(artifact: Artifact, max_text_repeats: int) -> list[Drop]:
     near, first_of, texts = NearIndex(), dict[str, str](), Counter[str]()
     drops, gone = [], []
     columns = ["id", "captions", "content_sha256", "difference_hash"]
-    for row in table.to_table(columns=columns, with_row_id=True).to_pylist():
+    rows = table.to_table(columns=columns, with_row_id=True).to_pylist()
+    for row in track(rows, description="find repeats", transient=True):
         same, similar = first_of.get(row["content_sha256"]), near.find(row["difference_hash"])
         if same or similar:
             drops.append(Drop(row["id"], "duplicate" if same else "near_duplicate", f"of {same or similar}"))
@@ -211,25 +226,33 @@ def _open(artifact: Artifact) -> lance.LanceDataset:
     return lance.dataset(uri, storage_options=storage.lance_options(uri))
 
 
-def _store_evaluation_hashes(config: FilterWebConfig, cluster: Cluster, artifact: Artifact) -> None:
-    """Hashes of every evaluation picture, for the workers; one that cannot be decoded cannot be copied either."""
-    hashes = {}
+def store_evaluation_hashes(config: FilterWebConfig, cluster: Cluster, artifact: Artifact) -> dict[str, Any]:
+    """Hashes of every evaluation picture, for the workers; the funnel of these pictures.
+
+    One that cannot be decoded protects nothing: it goes to the ledger under stage `evaluation_images`.
+    """
+    hashes, drops = [], []
     for source in config.evaluation_images:
         for candidate in all_candidates(source, cluster.resolve, "hash evaluation images"):
             try:
-                image_HWC = decode_image(candidate.image or b"")
-            except ImageError:
+                if candidate.problem or candidate.image is None:
+                    raise ImageError(candidate.problem or "no_image", "")
+                image_HWC = decode_image(candidate.image)
+            except ImageError as error:
+                drops.append(Drop(candidate.id, error.reason, error.detail))
                 continue
-            hashes[candidate.id] = [content_hash(image_HWC), difference_hash(image_HWC).hex()]
+            hashes.append([candidate.id, content_hash(image_HWC), difference_hash(image_HWC).hex()])
     storage.write_json(artifact.path(EVALUATION_HASHES), hashes)
+    write_drops(artifact, EVALUATION_STAGE, EVALUATION_STAGE, drops)
+    return counts(len(hashes) + len(drops), len(hashes), [drop.reason for drop in drops])
 
 
 def _load_hashes(uri: str) -> tuple[frozenset[str], NearIndex]:
     near = NearIndex()
     hashes = storage.read_json(uri)
-    for name, (_, difference) in hashes.items():
+    for name, _, difference in hashes:
         near.add(name, bytes.fromhex(difference))
-    return frozenset(content for content, _ in hashes.values()), near
+    return frozenset(content for _, content, _ in hashes), near
 
 
 def _log_pictures(stage: Stage) -> None:

@@ -6,6 +6,7 @@ rather than a map is a second output of the recipe that is not built yet.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -16,6 +17,7 @@ from rsplatform.config import Config, StageConfig
 from rsplatform.curate.contact_sheet import log_contact_sheets
 from rsplatform.curate.overhead_model import (
     BASE_SIZE_PX,
+    OverheadNet,
     average_precision,
     pick_threshold,
     prepare,
@@ -66,6 +68,11 @@ class LabelledPictures:
     images: list[bytes]
     drops: list[Drop]
 
+    def counts(self) -> dict[str, Any]:
+        """The funnel of these pictures."""
+        reasons = [drop.reason for drop in self.drops]
+        return counts(len(self.labels_N) + len(reasons), len(self.labels_N), reasons)
+
 
 def train_overhead(config: TrainOverheadConfig, cluster: Cluster) -> Artifact:
     """Train the classifier that tells pictures from above from all others, on their pixels alone."""
@@ -90,15 +97,12 @@ def train_overhead(config: TrainOverheadConfig, cluster: Cluster) -> Artifact:
             "held_out_precision": float(held_labels[chosen].mean()),
             "held_out_recall": float(chosen[held_labels].mean()),
         }
-        for test in config.tests:
-            tested = load_labelled(test.pictures, cluster)
-            found = scores(model, list(tested.crops_NHWC))
-            metrics[f"{test.name}_average_precision"] = average_precision(found, tested.labels_N)
+        precisions, test_counts = score_tests(model, config.tests, cluster, stage.artifact)
+        metrics |= precisions
         stage.log(metrics)
+        stage.counts = pictures.counts() | test_counts
         description = metrics | {"training_hashes": pictures.hashes}
         save_overhead(model, stage.artifact.uri, description)
-        reasons = [drop.reason for drop in pictures.drops]
-        stage.counts = counts(len(pictures.labels_N) + len(reasons), len(pictures.labels_N), reasons)
         labelled = [(pictures.images[row], f"{score:.2f}") for row, score in zip(held, held_scores, strict=True)]
         log_contact_sheets(
             stage.run,
@@ -106,6 +110,21 @@ def train_overhead(config: TrainOverheadConfig, cluster: Cluster) -> Artifact:
             [item for item, score in zip(labelled, held_scores, strict=True) if score < threshold],
         )
     return stage.artifact
+
+
+def score_tests(
+    model: OverheadNet, tests: list[OverheadTest], cluster: Cluster, artifact: Artifact
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Average precision of each named test, and the funnel of its pictures; drops go to the ledger under its name."""
+    metrics, funnels = {}, {}
+    for test in tests:
+        part = f"test_{test.name}"
+        tested = load_labelled(test.pictures, cluster)
+        write_drops(artifact, part, part, tested.drops)
+        found = scores(model, list(tested.crops_NHWC))
+        metrics[f"{test.name}_average_precision"] = average_precision(found, tested.labels_N)
+        funnels[part] = tested.counts()
+    return metrics, funnels
 
 
 def load_labelled(sources: list[LabelledSource], cluster: Cluster) -> LabelledPictures:

@@ -19,7 +19,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rsplatform import storage
-from rsplatform.model.preprocess import normalise, resize_crop
+from rsplatform.model.normalise import normalise
+from rsplatform.model.preprocess import resize_crop
 
 IMAGE_SIZE_PX = 64
 # Training pictures are kept at this size; crops are taken from it.

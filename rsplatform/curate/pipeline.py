@@ -5,7 +5,7 @@
 A shard is one block all the way. Its kept rows become ONE Lance fragment, then a part file `work/parts/<shard>.json`
 is written atomically; the driver commits the fragments of all part files at once, in the order of the shards. So a
 task or worker that dies is simply run again and a rerun skips finished shards: only what a part file names counts.
-Shards do not see each other: what needs all rows (duplicates) is decided on the committed table (dedup.py).
+Shards do not see each other: duplicates are found in the committed table (filter_web.drop_repeats).
 """
 
 import json

@@ -1,7 +1,7 @@
 """Rules for alt-text: one text in, the cleaned text or the reason why it is no caption out. No model, no network.
 
 The rules are RECIPE [D]: 3-64 words, no file names, URLs or boilerplate, a language we train on, nothing that is
-markup or an instruction. Repeats across rows are capped by dedup.py, which sees all rows.
+markup or an instruction. Repeats across rows are capped by filter_web.drop_repeats, which sees all rows.
 """
 
 import html
@@ -16,20 +16,34 @@ _FILE_NAME = re.compile(
 _URL = re.compile(r"(?i)\b(?:https?:|www\.|ftp:)|\b[\w-]+\.(?:com|org|net|io|info)\b")
 _MARKUP = re.compile(r"(?i)<\s*/?\s*[a-z!][^>]*>?|&lt;|javascript:|\bon(?:error|load|click)\s*=|\{\{|<\?|</")
 _INSTRUCTION = re.compile(
-    r"(?i)\b(?:ignore|disregard|forget|override)\b.{0,40}\b(?:instruction|prompt|rule|previous|above|prior)"
-    r"|\b(?:system|assistant|user)\s*(?:prompt|message)?\s*:"
+    r"(?i)\b(?:ignore|disregard|forget|override)\b.{0,40}\b(?:instruction|prompt|rule|guideline)"
+    r"|\b(?:ignore|disregard|forget|override)(?: all| any| everything| of| what was| the){0,3} (?:previous|above|prior)"
+    # a role speaks at the beginning of a sentence or in capitals; "an irrigation system: …" is a description
+    r"|(?:^|[.!?;|\]}>\"'])\W*(?:system|assistant|user)\s*:|\b(?:system|assistant|user) (?:prompt|message)\s*:"
+    r"|(?-i:\b(?:SYSTEM|ASSISTANT|USER)\s*:)"
     r"|\byou (?:are|must|will|should) (?:now|always|act|respond|answer|reply|output|label|classify)"
     r"|\b(?:respond|answer|reply|output|print|say|write)\b.{0,30}\b(?:only|exactly|with|yes|score)\b.{0,30}\b(?:only|exactly|word|yes|1\.0)\b"
     r"|\bas an? (?:ai|language model)|\b(?:classify|label|mark|rate|score) (?:this|the) (?:image|picture|pair|sample)"
     r"|\[/?inst\]|<\|"
     r"|\b(?:drop|select|insert|delete)\b.{0,20}\b(?:table|from|into)\b.*(?:;|--)|';"
 )
+# What no description of a place holds, wherever it stands: phrases, so that a mapped copyright office, a cookie factory
+# or a hoarding with an advertisement may be described.
 _BOILERPLATE = re.compile(
     r"(?i)\b(?:click (?:here|to|for)|stock (?:photo|image|vector|illustration)s?|royalty[- ]free|shutterstock"
-    r"|getty ?images|istock|alamy|all rights reserved|copyright|(?:image|photo) (?:not available|placeholder)"
-    r"|(?:image|photo) may contain|add to (?:cart|wishlist)|buy now|free (?:download|shipping)|subscribe|cookies?"
-    r"|read more|share on|thumbnail|untitled|no description|advertisement|sponsored|watermark"
-    r"|view (?:larger|full size))\b|^\s*(?:image|photo|picture|figure|img)\s*\d*\s*$"
+    r"|getty ?images|istock|alamy|all rights reserved"
+    r"|copyright(?:ed)? (?:©|\(c\)|(?:19|20)\d\d|by|holder|protected|notice)"
+    r"|(?:protected by|under) copyright|(?:image|photo|picture) copyright"
+    r"|(?:image|photo) (?:not available|placeholder|may contain)|add to (?:cart|wishlist)|buy (?:now|print)"
+    r"|free (?:download|shipping)|download now|subscribe (?:to|now|for|today)"
+    r"|(?:accept|use|uses|enable|disable) (?:all |our |the )?cookies|cookie (?:policy|settings|consent|notice)"
+    r"|read more(?= about|\W*$)|share (?:this )?on (?:facebook|twitter|pinterest|instagram|whatsapp|social)"
+    r"|thumbnail (?:image|of|for|size)|no description (?:available|provided|given|yet)"
+    r"|sponsored (?:by|post|content|link)|(?:with|without|no) (?:a )?watermark|watermarked"
+    r"|view (?:larger|full size))\b|copyright\s*:|(?:©|\(c\))\s*(?:copyright|(?:19|20)\d\d)"
+    # … and words that say nothing of the picture when the text begins with them or is nothing else
+    r"|^\W*(?:untitled|thumbnail|advertisement|copyright|no description|watermark)\b(?:\W|\d)*(?:$|[:|©-])"
+    r"|^\W*untitled\b|^\s*(?:image|photo|picture|figure|img)\s*\d*\s*$"
 )
 _STOPWORDS = (
     "a an the of in on at with and or is are from by to for this that there near above over view many some several it "

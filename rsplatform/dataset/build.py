@@ -16,7 +16,7 @@ from rsplatform.dataset.store import SAMPLES_TABLE, open_table
 from rsplatform.ledger import Drop, counts, write_drops
 from rsplatform.records import SAMPLE_SCHEMA
 from rsplatform.stage import Stage, finished, open_stage
-from rsplatform.storage import lance_options, write_json
+from rsplatform.storage import exists, lance_options, write_json
 
 STAGE = "build_dataset"
 CAPTION_TABLE = "captions.lance"
@@ -61,7 +61,8 @@ def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
         if not samples.num_rows:
             raise ValueError(f"{config.output}: no samples; every input was dropped, see the ledger")
         uri = stage.artifact.path(SAMPLES_TABLE)
-        lance.write_dataset(samples, uri, mode="overwrite", storage_options=lance_options(uri))
+        mode = "overwrite" if exists(uri) else "create"  # a killed run may have left one
+        lance.write_dataset(samples, uri, mode=mode, storage_options=lance_options(uri))
         write_drops(stage.artifact, STAGE, "build", drops)
         stage.counts = counts(num_inputs, samples.num_rows, [drop.reason for drop in drops])
         _describe(stage, samples)

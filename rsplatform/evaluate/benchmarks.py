@@ -4,26 +4,21 @@ One model on one set gets different numbers in different papers because splits, 
 Here they are part of the recipe; `pin` is the hash of all of them. Pictures are read lazily; nothing is embedded.
 """
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import rasterio
 from pydantic import Field
 
 from rsplatform.cluster import Cluster
 from rsplatform.config import Config, ConfigError, InputArtifact, InputPath
 from rsplatform.dataset.store import SampleStore
 from rsplatform.evaluate.classification import PROMPT
-from rsplatform.model.preprocess import decode_image
-from rsplatform.sources.scenes import SceneSource, describe_scene, open_pixels, read_window
-from rsplatform.storage import local_folder, read_bytes, read_json
+from rsplatform.evaluate.files import bytes_of, caption_entries, label_rows, read_mask, read_picture
+from rsplatform.storage import local_folder
 
 
 class DatasetRetrieval(Config):
@@ -96,9 +91,10 @@ Benchmark = Annotated[
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Encoded pictures, texts, and which picture each text belongs to."""
+    """Encoded pictures and where they come from, texts, and which picture each text belongs to."""
 
     images: list[bytes]
+    sources: list[str]
     texts: list[str]
     image_of_text: list[int]
     pin: str
@@ -106,9 +102,10 @@ class RetrievalSet:
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """Encoded pictures, their class indices and the class names as the prompt spells them."""
+    """Encoded pictures and their files, their class indices and the class names as the prompt spells them."""
 
     images: list[bytes]
+    sources: list[str]
     labels: list[int]
     class_names: list[str]
     pin: str
@@ -130,23 +127,31 @@ def pin(document: Any) -> str:
 
 
 def load_retrieval(benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster: Cluster) -> RetrievalSet:
-    """Pictures and captions in a fixed order (by name); `max_images` takes an even spread, not the first ones."""
+    """Pictures and captions in a fixed order (by name); `max_images` takes an even spread, not the first ones.
+
+    Raises:
+        ConfigError: the captions or a picture that they name are missing or damaged, or the split is empty.
+    """
     if isinstance(benchmark, DatasetRetrieval):
         store = SampleStore(cluster.root, benchmark.dataset, benchmark.split)
         order = spread(sorted(range(len(store)), key=lambda i: store.ids[i]), benchmark.max_images)
         names = [store.ids[i] for i in order]
         captions = [store.captions(i) for i in order]
         images = [sample.image for sample in store.read(np.array(order))]
+        sources = [f"{benchmark.dataset}, sample {name!r}" for name in names]
     else:
         folder = cluster.resolve(benchmark.images).rstrip("/")
-        entries = _caption_entries(cluster.resolve(benchmark.captions), benchmark.split)
+        captions_path = cluster.resolve(benchmark.captions)
+        entries = _caption_entries(captions_path, benchmark.split)
         entries = spread(entries, benchmark.max_images)
         names = [name for name, _ in entries]
         captions = [sentences for _, sentences in entries]
-        images = [read_bytes(f"{folder}/{name}") for name in names]
+        sources = [f"{folder}/{name}" for name in names]
+        remedy = f"{captions_path} names it: fix `images` of {benchmark.name} or restore the file"
+        images = [bytes_of(source, remedy) for source in sources]
     texts = [text for group in captions for text in group]
     owners = [index for index, group in enumerate(captions) for _ in group]
-    return RetrievalSet(images, texts, owners, pin([names, captions, [content(image) for image in images]]))
+    return RetrievalSet(images, sources, texts, owners, pin([names, captions, [content(image) for image in images]]))
 
 
 def content(data: bytes) -> str:
@@ -155,39 +160,41 @@ def content(data: bytes) -> str:
 
 
 def _caption_entries(path: str, split: str) -> list[tuple[str, list[str]]]:
-    document = read_json(path)
-    entries = [item for item in document["images"] if item["split"] == split]
-    if not entries:
-        splits = sorted({item["split"] for item in document["images"]})
-        raise ConfigError(f"{path}: no pictures in split {split!r}; it has {splits}")
-    return sorted((item["filename"], [sentence["raw"] for sentence in item["sentences"]]) for item in entries)
+    entries = caption_entries(path)
+    chosen = [(name, sentences) for own, name, sentences in entries if own == split]
+    if not chosen:
+        raise ConfigError(f"{path}: no pictures in split {split!r}; it has {sorted({own for own, _, _ in entries})}")
+    return sorted(chosen)
 
 
 def load_classification(benchmark: Classification, cluster: Cluster) -> ClassificationSet:
-    """Pictures of the table in file order, classes in alphabetical order of their labels."""
+    """Pictures of the table in file order, classes in alphabetical order of their labels.
+
+    Raises:
+        ConfigError: the table or a picture that it names is missing or damaged, or `class_names` knows no such label.
+    """
     folder = cluster.resolve(benchmark.folder).rstrip("/")
     table = f"{folder}/{benchmark.table}"
-    rows = list(csv.DictReader(io.StringIO(read_bytes(table).decode("utf-8-sig"))))
-    if not rows or not {"file", "label"} <= set(rows[0]):
-        raise ConfigError(f"{table}: needs a header with the columns file and label")
-    rows = spread(sorted(rows, key=lambda row: row["file"]), benchmark.max_images)
-    labels = sorted({row["label"] for row in rows})
+    rows = spread(sorted(label_rows(table), key=lambda row: row[0]), benchmark.max_images)
+    labels = sorted({label for _, label in rows})
     unknown = set(benchmark.class_names) - set(labels)
     if unknown:
         raise ConfigError(f"{benchmark.name}: class_names {sorted(unknown)} are no labels of {table}: {labels}")
     names = [benchmark.class_names.get(label) or label for label in labels] + benchmark.extra_classes
-    images = [read_bytes(f"{folder}/{row['file']}") for row in rows]
-    indices = [labels.index(row["label"]) for row in rows]
-    keys = [(row["file"], row["label"], content(image)) for row, image in zip(rows, images, strict=True)]
+    sources = [f"{folder}/{file}" for file, _ in rows]
+    images = [bytes_of(source, f"{table} names it: restore the file or its line") for source in sources]
+    indices = [labels.index(label) for _, label in rows]
+    keys = [(file, label, content(image)) for (file, label), image in zip(rows, images, strict=True)]
     pinned = pin([keys, names, benchmark.prompt])
-    return ClassificationSet(images, indices, names, pinned)
+    return ClassificationSet(images, sources, indices, names, pinned)
 
 
 def masked_pictures(benchmark: Segmentation, cluster: Cluster) -> Iterator[MaskedPicture]:
     """One picture with its mask at a time, in name order.
 
     Raises:
-        ConfigError: nothing matches `images`, a mask is missing or of another size, or a scale is unknown.
+        ConfigError: nothing matches `images`; a picture or mask is missing, damaged or of another size than the
+            other; or a scale is unknown.
     """
     folder = local_folder(cluster.resolve(benchmark.folder))
     paths = spread(sorted(folder.glob(benchmark.images)), benchmark.max_images)
@@ -201,33 +208,10 @@ def masked_pictures(benchmark: Segmentation, cluster: Cluster) -> Iterator[Maske
         scale = scale or benchmark.image_ground_sample_distance_m
         if scale is None:
             raise ConfigError(f"{path}: has no georeference; set image_ground_sample_distance_m of {benchmark.name}")
-        mask_HW = encode_mask(read_raw(folder / mask_path), benchmark.classes)
+        mask_HW = encode_mask(read_mask(folder / mask_path, path), benchmark.classes)
         if mask_HW.shape != image_HWC.shape[:2]:
             raise ConfigError(f"{folder / mask_path}: {mask_HW.shape} is not the size of {path} {image_HWC.shape[:2]}")
         yield MaskedPicture(path.name, image_HWC, mask_HW, scale)
-
-
-def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
-    """uint8 RGB pixels (H, W, 3), and metres a pixel; None for pictures that are no GeoTIFF.
-
-    GeoTIFFs are read as ingest reads them (bands, stretch, nodata): a model is scored on the pixels it was trained on.
-
-    Raises:
-        SceneError: a GeoTIFF that ingest would refuse as well.
-    """
-    if path.suffix.lower() not in {".tif", ".tiff"}:
-        return decode_image(path.read_bytes()), None
-    scene = describe_scene(str(path), str(path), SceneSource(path=str(path)))
-    pixels_HW4 = read_window(open_pixels(scene), 0, 0, scene.grid.height, scene.grid.width)
-    return np.ascontiguousarray(pixels_HW4[..., :3]), scene.grid.ground_sample_distance_m()
-
-
-def read_raw(path: Path) -> np.ndarray:
-    """A mask's values: (H, W) of one band, or (H, W, 3) colours; palettes are resolved to colours."""
-    if path.suffix.lower() in {".tif", ".tiff"}:
-        with rasterio.open(path, driver="GTiff") as scene:
-            return scene.read(1)
-    return decode_image(path.read_bytes())
 
 
 def encode_mask(raw: np.ndarray, classes: list[MaskClass]) -> np.ndarray:

@@ -4,8 +4,10 @@ Evaluators get functions (embed_images, embed_texts, patch features), never a mo
 by the same code. Raw and smooth localization share head, upsampling and decision rule.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,10 +32,12 @@ from rsplatform.evaluate.benchmarks import (
     pin,
 )
 from rsplatform.evaluate.classification import zero_shot_accuracy
+from rsplatform.evaluate.files import squares
 from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
 from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
 from rsplatform.localize.picture import picture_maps
-from rsplatform.model.embedder import Embedder
+from rsplatform.localize.window import SmoothWindow
+from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.storage import local_folder, write_json
 
@@ -43,7 +47,7 @@ class EvaluateConfig(StageConfig):
 
     model: InputArtifact
     benchmarks: list[Benchmark] = Field(min_length=1)
-    window: int = Field(default=3, ge=3)
+    window: Annotated[SmoothWindow, Field(ge=3)] = 3
 
 
 def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
@@ -53,7 +57,7 @@ def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
         return done
     with open_stage(config, cluster) as stage:
         folder = local_folder(open_artifact(cluster.root, config.model).path("model"))
-        embedder = Embedder.load(folder)
+        embedder = Embedder.load(folder, driver_device())
         report: dict[str, Any] = {"model": config.model, "model_hash": embedder.model_hash, "benchmarks": {}}
         for benchmark in config.benchmarks:
             report["benchmarks"][benchmark.name] = _score(benchmark, config, cluster, embedder, stage)
@@ -83,7 +87,11 @@ def _retrieval(
     benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster: Cluster, embedder: Embedder, stage: Stage
 ) -> dict[str, Any]:
     data = load_retrieval(benchmark, cluster)
-    images_IE, texts_TE = embedder.embed_images(data.images), embedder.embed_texts(data.texts)
+    pictures = squares(data.sources, data.images, embedder.image_size)
+    shown = track(pictures, f"{benchmark.name}: pictures", len(data.images), transient=True)
+    images_IE = _embedded(embedder.embed_images, shown, embedder.batch_size)
+    texts = track(data.texts, f"{benchmark.name}: texts", transient=True)
+    texts_TE = _embedded(embedder.embed_texts, texts, embedder.batch_size)
     recalls = recall_at_k(images_IE, texts_TE, data.image_of_text)
     chance = chance_recall(len(data.images), len(data.texts))
     stage.run.log_picture(figures.recall_plot(recalls, chance, benchmark.name), f"{benchmark.name}_recall.png")
@@ -91,10 +99,20 @@ def _retrieval(
     return recalls | {f"chance_{key}": value for key, value in chance.items()} | sizes
 
 
+def _embedded(embed: Callable[[Sequence], np.ndarray], items: Iterable, batch_size: int) -> np.ndarray:
+    """Embeddings of all items, of which only a batch is held at a time."""
+    stream, rows = iter(items), [embed([])]
+    while batch := list(islice(stream, batch_size)):
+        rows.append(embed(batch))
+    return np.concatenate(rows)
+
+
 def _classification(benchmark: Classification, cluster: Cluster, embedder: Embedder, stage: Stage) -> dict[str, Any]:
     data = load_classification(benchmark, cluster)
+    pictures = squares(data.sources, data.images, embedder.image_size)
+    shown = track(pictures, f"{benchmark.name}: pictures", len(data.images), transient=True)
     scores = zero_shot_accuracy(
-        embedder.embed_images, embedder.embed_texts, data.images, data.labels, data.class_names, benchmark.prompt
+        embedder.embed_images, embedder.embed_texts, shown, data.labels, data.class_names, benchmark.prompt
     )
     stage.run.log_picture(
         figures.bars(scores.accuracy_by_class, f"{benchmark.name}: top-1 by class, %"), f"{benchmark.name}_classes.png"

@@ -6,13 +6,13 @@ nothing chosen from masks.
 Shapes: P prompts, HxW patches or pixels.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rsplatform.localize.decide import BACKGROUND, NO_DATA, label_pixels
+from rsplatform.localize.decide import NO_DATA, label_pixels
 from rsplatform.localize.smooth_attention import upsample
 
 
@@ -22,8 +22,6 @@ class SegmentationScores:
 
     iou_by_class: dict[int, float]
     mean_iou: float
-    pixel_accuracy: float
-    num_pixels: int
 
 
 class ConfusionMatrix:
@@ -63,8 +61,6 @@ class ConfusionMatrix:
         return SegmentationScores(
             iou_by_class=iou_by_class,
             mean_iou=sum(iou_by_class.values()) / len(iou_by_class),
-            pixel_accuracy=float(100 * hits.sum() / self.counts.sum()),
-            num_pixels=int(self.counts.sum()),
         )
 
 
@@ -79,42 +75,3 @@ def decide(maps_PHW: torch.Tensor | np.ndarray, class_of_prompt: Sequence[int], 
     if maps.ndim != 3 or not torch.isfinite(maps).all():
         raise ValueError(f"maps must be (P, H, W) without NaN or infinity, got shape {tuple(maps.shape)}")
     return label_pixels(upsample(maps[None], size)[0].numpy(), class_of_prompt)
-
-
-def decide_binary(
-    target_HW: torch.Tensor | np.ndarray, background_PHW: torch.Tensor | np.ndarray, size: tuple[int, int]
-) -> np.ndarray:
-    """One text against background prompts: 1 where it beats all of them, else 0. For instance buildings."""
-    target = torch.as_tensor(target_HW, dtype=torch.float32)[None]
-    background = torch.as_tensor(background_PHW, dtype=torch.float32)
-    return decide(torch.cat([background, target]), [BACKGROUND] * len(background) + [1], size)
-
-
-@dataclass(frozen=True)
-class SegmentationTask:
-    """What prompts and masks mean in one set; a binary task has a class_of_prompt of 0s and one 1."""
-
-    class_of_prompt: tuple[int, ...]
-    num_classes: int
-    ignore_id: int = NO_DATA
-
-
-def evaluate_segmentation(
-    samples: Iterable[tuple[np.ndarray, np.ndarray]],
-    maps_by_method: Callable[[np.ndarray], Mapping[str, torch.Tensor]],
-    task: SegmentationTask,
-) -> dict[str, SegmentationScores]:
-    """Score every method on the same pictures by the same decision rule.
-
-    `samples` yields (image_HWC, mask_HW); `maps_by_method` sees the image alone and returns maps_PHW by
-    method name, for example raw and smooth. Raises ValueError for no samples.
-    """
-    matrices: dict[str, ConfusionMatrix] = {}
-    for image_HWC, mask_HW in samples:
-        for method, maps_PHW in maps_by_method(image_HWC).items():
-            predicted_HW = decide(maps_PHW, task.class_of_prompt, (mask_HW.shape[0], mask_HW.shape[1]))
-            matrix = matrices.setdefault(method, ConfusionMatrix(task.num_classes, task.ignore_id))
-            matrix.update(predicted_HW, mask_HW)
-    if not matrices:
-        raise ValueError("segmentation evaluation got no samples")
-    return {method: matrix.scores() for method, matrix in matrices.items()}

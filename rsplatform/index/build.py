@@ -15,7 +15,8 @@ from rsplatform.config import InputArtifact, StageConfig
 from rsplatform.curate.pipeline import DROP_FIELDS, Loaded, Pipeline, run_pipeline
 from rsplatform.dataset.store import open_table
 from rsplatform.index.embed import CHIP_COLUMNS, ChipEmbedder, load_embedder
-from rsplatform.index.store import DATABASE, EXACT_BELOW_ROWS, TABLE, finish_index, index_schema
+from rsplatform.index.store import EXACT_BELOW_ROWS, TABLE_PATH, finish_index, index_schema
+from rsplatform.model.embedder import granted_device
 from rsplatform.stage import finished, open_stage
 
 STAGE = "build_index"
@@ -40,7 +41,8 @@ def build_index(config: BuildIndexConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        pipeline, shards = index_pipeline(config, cluster.root, stage.artifact)
+        device = granted_device(cluster.data.gpus_per_actor)
+        pipeline, shards = index_pipeline(config, cluster.root, stage.artifact, device)
         stage.counts = run_pipeline(pipeline, shards, cluster)
         model_hash = load_embedder(cluster.root, config.model).model_hash
         meta = finish_index(stage.artifact.uri, model_hash, config.exact_below_rows)
@@ -49,16 +51,18 @@ def build_index(config: BuildIndexConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def index_pipeline(config: BuildIndexConfig, root: str, artifact: Artifact) -> tuple[Pipeline, list[dict[str, Any]]]:
-    """The pipeline that fills the table, and its shards: ranges of rows of the chips table."""
+def index_pipeline(
+    config: BuildIndexConfig, root: str, artifact: Artifact, device: str = "cpu"
+) -> tuple[Pipeline, list[dict[str, Any]]]:
+    """The pipeline that fills the table, embedding on `device`, and its shards: ranges of rows of the chips table."""
     width = load_embedder(root, config.model).embedding_width
     pipeline = Pipeline(
         stage=STAGE,
         artifact=artifact,
-        table=f"{DATABASE}/{TABLE}.lance",
+        table=TABLE_PATH,
         schema=index_schema(width),
         read=_ReadChips(root, config.chips),
-        operations=(Loaded(ChipEmbedder, (root, config.model, config.captions)),),
+        operations=(Loaded(ChipEmbedder, (root, config.model, config.captions, device)),),
     )
     return pipeline, _shards(open_table(root, config.chips).count_rows(), config.rows_per_shard)
 

@@ -27,8 +27,8 @@ CHIP_COLUMNS = [
 ]
 
 
-def load_embedder(root: str, model_ref: str) -> Embedder:
-    """The model of a finished artifact, in evaluation mode; from an object store by way of a temporary folder.
+def load_embedder(root: str, model_ref: str, device: str = "cpu") -> Embedder:
+    """The model of a finished artifact on `device`, in evaluation mode; from an object store by a temporary folder.
 
     Raises:
         ArtifactError: the artifact is missing or unfinished.
@@ -36,7 +36,7 @@ def load_embedder(root: str, model_ref: str) -> Embedder:
     folder = open_artifact(root, model_ref).path(MODEL_FOLDER)
     with tempfile.TemporaryDirectory() as temporary:
         local = download_folder(folder, Path(temporary)) if is_s3(folder) else Path(folder)
-        embedder = Embedder.load(local)
+        embedder = Embedder.load(local, device)
     embedder.model.eval()
     return embedder
 
@@ -47,8 +47,8 @@ class ChipEmbedder:
     All captions are held in memory (about 100 bytes a chip): a join per shard would scan them again each time.
     """
 
-    def __init__(self, root: str, model_ref: str, captions_ref: str | None) -> None:
-        self.embedder = load_embedder(root, model_ref)
+    def __init__(self, root: str, model_ref: str, captions_ref: str | None, device: str = "cpu") -> None:
+        self.embedder = load_embedder(root, model_ref, device)
         self.captions: dict[str, str] = {}
         if captions_ref:
             table = open_table(root, captions_ref, CAPTION_TABLE).to_table(columns=["id", "captions"])

@@ -21,6 +21,8 @@ from rsplatform.storage import lance_options, read_json, write_json
 
 DATABASE = "db"
 TABLE = "chips"
+# Below the artifact: LanceDB takes any Lance table in its folder as its own.
+TABLE_PATH = f"{DATABASE}/{TABLE}.lance"
 META = "meta.json"
 # Below this an exact scan takes milliseconds; above it an IVF-PQ index with refinement is trained (our default).
 EXACT_BELOW_ROWS = 50_000
@@ -83,11 +85,6 @@ class Hit:
     ground_sample_distance_m: float
     bounds_lonlat: tuple[float, float, float, float]
     window_px: tuple[float, float, float, float]  # row, column, height, width in the scene
-
-
-def table_uri(artifact_uri: str) -> str:
-    """Where the Lance table of an index lies: LanceDB takes any Lance table in its folder as its own."""
-    return f"{artifact_uri}/{DATABASE}/{TABLE}.lance"
 
 
 def finish_index(artifact_uri: str, model_hash: str, exact_below_rows: int = EXACT_BELOW_ROWS) -> IndexMeta:

@@ -1,4 +1,4 @@
-"""Maps of one picture in memory: resampled to the model's scale, tiled at its own picture size, one map a text.
+"""Maps of one picture in memory: resampled to the model's scale and to whole patches, tiled, one map a text.
 
 The whole-scene path (scene.py) does the work; this is the short way in for evaluation, serving and tests.
 """
@@ -10,6 +10,8 @@ from PIL import Image
 from rsplatform.localize.scene import PatchEncoder, SceneReader, Tiling, score_strips
 from rsplatform.model.embedder import Embedder
 
+BATCH_TILES = 32  # of the model's own size
+
 
 def picture_maps(
     embedder: Embedder,
@@ -20,14 +22,15 @@ def picture_maps(
     window: int = 3,
     edge_patches: int = 0,
 ) -> torch.Tensor:
-    """maps_CHW on the patch grid of uint8 (H, W, 3) pixels resampled by `scale` (picture GSD / model GSD).
+    """maps_CHW of uint8 (H, W, 3) pixels resampled by `scale` (picture GSD / model GSD), on a grid of patches.
 
-    Tiles have the side that the model was trained at, since a small ViT does not carry over to larger grids
-    (our default); window 1 gives raw patch maps, to be compared with the same
-    `edge_patches` only. Maps never cover less than the picture.
+    Each side is resampled to the nearest whole number of patches, so that the grid covers exactly the picture and a
+    cell's place in the map is its place in the picture. Tiles are `tiling`'s; window 1 gives raw patch maps, to be
+    compared with the same `edge_patches` only. Both are our defaults.
     """
-    if scale != 1.0:
-        height, width = (max(1, round(side * scale)) for side in image_HWC.shape[:2])
+    patch = embedder.patch_size
+    height, width = (max(1, round(side * scale / patch)) * patch for side in image_HWC.shape[:2])
+    if (height, width) != image_HWC.shape[:2]:
         resample = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
         image_HWC = np.asarray(Image.fromarray(image_HWC).resize((width, height), resample))
 
@@ -45,8 +48,14 @@ def encoder(embedder: Embedder) -> PatchEncoder:
 
 
 def tiling(embedder: Embedder, window: int, edge_patches: int = 0) -> Tiling:
-    """Tiles of the model's own picture size, overlapping by half (and by what the window and the edge need)."""
-    tile_patches = embedder.image_size // embedder.patch_size
+    """Tiles of the model's own picture size, overlapping by half, and larger only where the window needs it.
+
+    A small ViT does not carry over well to larger grids, so a tile grows (positions are interpolated) only if less
+    than half of the model's own side would be left of it between the dropped edges. Our default.
+    """
+    native_patches = embedder.image_size // embedder.patch_size
     edge_patches = max(edge_patches, window - 1)
-    overlap = min(tile_patches - 1, max(tile_patches // 2, 2 * edge_patches))
-    return Tiling(tile_patches, overlap, window, batch_tiles=32, edge_patches=edge_patches)
+    tile_patches = max(native_patches, 2 * edge_patches + max(1, native_patches // 2))
+    overlap_patches = max(tile_patches // 2, 2 * edge_patches)
+    batch_tiles = max(1, BATCH_TILES * native_patches**2 // tile_patches**2)  # larger tiles need no more memory
+    return Tiling(tile_patches, overlap_patches, window, batch_tiles, edge_patches)

@@ -26,7 +26,8 @@ from rsplatform.localize.figures import mask_overlay
 from rsplatform.localize.picture import encoder, tiling
 from rsplatform.localize.scene import SceneReader, Strip, score_strips, upsample_strips
 from rsplatform.localize.vectorize import Legend, write_mask, write_polygons, write_scores
-from rsplatform.model.embedder import Embedder
+from rsplatform.localize.window import SmoothWindow
+from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.sources.scenes import (
     Layer,
     Scene,
@@ -60,7 +61,7 @@ class LocalizeConfig(StageConfig):
     classes: list[Sought] = Field(min_length=1)
     background_prompts: list[str] = Field(min_length=1)
     ground_sample_distance_m: float = Field(gt=0)
-    window: int = Field(default=3, ge=1)
+    window: SmoothWindow = 3
     min_area_m2: float = Field(default=400.0, ge=0)
 
 
@@ -80,7 +81,8 @@ def localize(config: LocalizeConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        embedder = Embedder.load(storage.local_folder(open_artifact(cluster.root, config.model).path("model")))
+        folder = storage.local_folder(open_artifact(cluster.root, config.model).path("model"))
+        embedder = Embedder.load(folder, driver_device())
         job = _job(embedder, config)
         files = find_scene_files(config.scenes, cluster.resolve)
         drops, num_regions = [], 0

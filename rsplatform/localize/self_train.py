@@ -19,16 +19,18 @@ from rich.progress import track
 from rsplatform import storage, tracking
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.config import ConfigError, InputArtifact, StageConfig
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import SampleStore, open_table
 from rsplatform.localize.pseudo_labels import PseudoLabelRule, patch_loss
 from rsplatform.localize.run import Sought
 from rsplatform.localize.teacher import TeacherLabels, teach
-from rsplatform.model.embedder import Embedder
+from rsplatform.localize.window import SmoothWindow
+from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.model.mammut import Mammut
-from rsplatform.model.preprocess import decode_image, normalise, resize_crop
-from rsplatform.model.weights import load_model, save_model
+from rsplatform.model.normalise import normalise
+from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
+from rsplatform.model.weights import save_model
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.batch import Batch
 from rsplatform.train.checkpoint import CheckpointFolder
@@ -56,7 +58,7 @@ class SelfTrainConfig(StageConfig):
     learning_rate: float = Field(default=1e-4, gt=0)
     patch_loss_weight: float = Field(default=0.5, gt=0)
     ema_decay: float = Field(default=0.99, gt=0, lt=1)
-    window: int = Field(default=3, ge=1)
+    window: SmoothWindow = 3
     max_chips: int = Field(default=1000, ge=20)
     seed: int = 0
 
@@ -98,8 +100,8 @@ def self_train(config: SelfTrainConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        model, tokenizer = load_model(storage.local_folder(open_artifact(cluster.root, config.model).path("model")))
-        teacher = Embedder(model, tokenizer)
+        folder = storage.local_folder(open_artifact(cluster.root, config.model).path("model"))
+        teacher = Embedder.load(folder, driver_device())
         pictures = _pictures(config, cluster, teacher.image_size)
         course = Course(config, SampleStore(cluster.root, config.dataset, "train"), pictures, stage, teacher, 0.0)
         course.agreement = _held_out_agreement(course, teacher)
@@ -122,10 +124,19 @@ def _pictures(config: SelfTrainConfig, cluster: Cluster, image_size: int) -> Pic
     if len(rows) < 20:
         raise ValueError(f"{config.chips} has {len(rows)} chips in split train; self-training needs at least 20")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), config.max_chips)).astype(int)]
-    images = table.take(rows.tolist(), columns=["image"])["image"].to_pylist()
-    squares = [resize_crop(decode_image(image), image_size) for image in images]
+    chips = table.take(rows.tolist(), columns=["id", "image"]).to_pylist()
+    squares = [_square(config.chips, chip, image_size) for chip in chips]
     held_out = squares[::10]
     return Pictures([square for index, square in enumerate(squares) if index % 10], held_out)
+
+
+def _square(chips_ref: str, chip: dict[str, Any], image_size: int) -> np.ndarray:
+    try:
+        return resize_crop(decode_image(chip["image"]), image_size)
+    except ImageError as error:
+        raise ConfigError(
+            f"{chips_ref}: the picture of chip {chip['id']!r} is {error}; make the chips again under another version"
+        ) from error
 
 
 def _prompts(config: SelfTrainConfig) -> tuple[list[str], tuple[int, ...]]:
@@ -181,7 +192,7 @@ def _round(course: Course, number: int) -> bool:
 def _learn(course: Course, lesson: Lesson, run: tracking.Run, number: int) -> Embedder:
     """Train a copy of the teacher on the lesson and the original losses; its moving average is the next teacher."""
     config, teacher = course.config, course.teacher
-    student = Mammut(teacher.model.config)
+    student = Mammut(teacher.model.config).to(teacher.device)
     student.load_state_dict(teacher.model.state_dict())
     checkpoints = CheckpointFolder(course.stage.artifact.path(f"checkpoints/round_{number}"))
     averaged: dict[str, torch.Tensor] = {}
@@ -221,14 +232,14 @@ def _auxiliary(course: Course, lesson: Lesson, number: int) -> Any:
     vision, temperature = embedder.model.config.vision, lesson.rule.temperature
     sampler = GlobalSampler(len(lesson.pictures), config.batch_size, config.seed + 1000 + number)
     tokens = embedder.tokenizer.encode(lesson.prompts, embedder.model.config.text.context_length, pad_to_longest=True)
-    tokens_PT = torch.from_numpy(tokens)
+    tokens_PT = torch.from_numpy(tokens).to(embedder.device)
 
     def loss(model: Mammut, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rows = sampler.batch(step)
-        images_BHWC = torch.from_numpy(np.stack([lesson.pictures[row] for row in rows]))
+        images_BHWC = torch.from_numpy(np.stack([lesson.pictures[row] for row in rows])).to(embedder.device)
         values_BHWD = model.patch_features(normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)).values_BHWD
         texts_PE = model.encode_text(tokens_PT)
-        labels_BHW = lesson.labels.labels_BHW[rows]
+        labels_BHW = lesson.labels.labels_BHW[rows].to(embedder.device)
         value = patch_loss(model.head(values_BHWD), texts_PE, labels_BHW, temperature, lesson.rule.class_of_prompt)
         return config.patch_loss_weight * value, {"patch": value.detach()}
 

@@ -35,8 +35,11 @@ class TeacherLabels:
 
 
 def view_maps(embedder: Embedder, images_BHWC: torch.Tensor, texts_PE: torch.Tensor, window: int) -> torch.Tensor:
-    """Smooth maps (V, B, P, H, W) of uint8 pictures, each view's map turned back into the picture's own frame."""
-    views = []
+    """Smooth maps (V, B, P, H, W) of uint8 pictures, each view's map turned back into the picture's own frame.
+
+    On the model's device, wherever pictures and texts are.
+    """
+    texts_PE, views = texts_PE.to(embedder.device), []
     for axes in VIEWS:
         features = embedder.patch_features(images_BHWC.flip(axes) if axes else images_BHWC)
         maps_BPHW = smooth_attention(

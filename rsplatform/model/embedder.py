@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
-from rsplatform.model.preprocess import decode_image, normalise, resize_crop
+from rsplatform.model.normalise import normalise
+from rsplatform.model.preprocess import decode_image, resize_crop
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.vision_encoder import PatchFeatures
 from rsplatform.model.weights import load_model
@@ -117,6 +118,19 @@ class Embedder:
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
         vision = self.model.config.vision
         return normalise(images_BHWC.to(self.device), vision.pixel_mean, vision.pixel_std)
+
+
+def driver_device() -> str:
+    """Where a job that embeds in its own process puts its model: the GPU that Torch sees, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def granted_device(num_gpus: float) -> str:
+    """Where an actor or replica puts its model that was granted `num_gpus` (or a part of one) by the placement.
+
+    Not what Torch sees: beside granted ones, a process without a grant sees the GPUs of its machine as well.
+    """
+    return "cuda" if num_gpus > 0 else "cpu"
 
 
 @contextmanager

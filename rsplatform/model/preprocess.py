@@ -1,18 +1,15 @@
-"""The only way to pixels: untrusted image bytes -> uint8 RGB -> square crop -> normalised float tensor.
+"""The only way to pixels: untrusted image bytes -> uint8 RGB -> square crop.
 
-In: JPEG, PNG or WEBP bytes. Out: numpy uint8 (H, W, 3) or torch float (B, 3, H, W). EXIF orientation is ignored
-on purpose: overhead images have no "up", and training and serving must agree. Does not read GeoTIFF or URLs.
-Shapes: B batch, H W pixels, C channels (red, green, blue).
+In: JPEG, PNG or WEBP bytes. Out: numpy uint8 (H, W, 3). EXIF orientation is ignored on purpose: overhead images
+have no "up", and training and serving must agree. Does not read GeoTIFF or URLs; model/normalise.py makes the
+model's floats. Shapes: H W pixels, C channels (red, green, blue).
 """
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch import Tensor
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64 * 10**6
@@ -26,6 +23,10 @@ class ImageError(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        """Pickled with both parts: it crosses from Ray's workers to the driver."""
+        return type(self), (self.reason, self.detail)
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, max_bytes: int = MAX_IMAGE_BYTES) -> np.ndarray:
@@ -86,13 +87,3 @@ def resize_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
         (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
     )
     return np.array(square)
-
-
-def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), (value / 255 - mean) / std, on the images' own device."""
-    if images_BHWC.dtype != torch.uint8 or images_BHWC.ndim != 4 or images_BHWC.shape[3] != 3:
-        raise ValueError(f"expected uint8 (B, H, W, 3), got {images_BHWC.dtype} {tuple(images_BHWC.shape)}")
-    mean_C = torch.tensor(mean, dtype=torch.float32, device=images_BHWC.device)
-    std_C = torch.tensor(std, dtype=torch.float32, device=images_BHWC.device)
-    scaled_BHWC = torch.addcmul(-mean_C / std_C, images_BHWC.float(), 1 / (255 * std_C))
-    return scaled_BHWC.permute(0, 3, 1, 2)

@@ -45,12 +45,12 @@ def load_model(folder: Path) -> tuple[Mammut, Tokenizer]:
     """The model (on the CPU, in eval mode) and its tokenizer.
 
     Raises:
-        FileNotFoundError: a file is missing. WeightsError: a file is damaged or does not fit the config.
+        WeightsError: a file is missing or damaged, or does not fit the config.
     """
     folder = Path(folder)
     for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: missing; a model folder is what save_model writes")
+            raise WeightsError(f"{folder / name}: missing; a model folder is what save_model writes")
     try:
         mapping = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config = MammutConfig.from_dict(mapping)

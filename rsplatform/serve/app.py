@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from starlette.types import ASGIApp
 
 from rsplatform.cluster import Cluster
 from rsplatform.index.embed import load_embedder
+from rsplatform.model.embedder import granted_device
 from rsplatform.runtime import ray_runtime
 from rsplatform.serve.retrieval import Retrieval
 from rsplatform.serve.routes import build_app
@@ -42,7 +42,9 @@ BATCH_WAIT_S = 0.002
 # Serve caps every batch at max_ongoing_requests, whose default is 5; twice the batch keeps the next one filling.
 MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
 MAX_QUEUED_REQUESTS = 256
+# For the first answer of the application.
 START_TIMEOUT_S = 180
+CONNECT_RETRIES = 5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -58,13 +60,19 @@ class Served:
     window: int
     request_timeout_s: float
 
+    @property
+    def device(self) -> str:
+        """Where replicas put the model."""
+        return granted_device(self.cluster.serve.gpus_per_replica)
+
 
 class PictureWork:
-    """One replica of the heavy work on pictures."""
+    """One replica of the heavy work on pictures, on the device that the placement grants its replicas."""
 
-    def __init__(self, root: str, model_ref: str, window: int) -> None:
+    def __init__(self, served: Served) -> None:
         _use_own_cores()
-        self.work = LocalVisionWork(load_embedder(root, model_ref), window)
+        embedder = load_embedder(served.cluster.root, served.model, served.device)
+        self.work = LocalVisionWork(embedder, served.window)
         self.embedder = self.work.embedder
 
     async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
@@ -101,7 +109,7 @@ class Gateway:
 
     def __init__(self, served: Served, picture_work: Any) -> None:
         _use_own_cores()
-        retrieval = Retrieval(served.cluster, served.model, served.index, served.chips)
+        retrieval = Retrieval(served.cluster, served.model, served.index, served.chips, served.device)
         vision: VisionWork = RemotePictureWork(picture_work)
 
         @serve.batch(max_batch_size=MAX_TEXT_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
@@ -141,7 +149,7 @@ def build_application(served: Served) -> serve.Application:
     gateway = serve.deployment(name="gateway", max_queued_requests=MAX_QUEUED_REQUESTS, **options)(
         serve.ingress()(Gateway)
     )
-    return gateway.bind(served, pictures.bind(served.cluster.root, served.model, served.window))
+    return gateway.bind(served, pictures.bind(served))
 
 
 @contextlib.contextmanager
@@ -169,7 +177,7 @@ def running(served: Served) -> Iterator[str]:
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
             serve.run(build_application(served), name=APPLICATION, route_prefix="/", logging_config=quiet)
             base_url = f"http://{placement.host}:{port}"
-            _wait_until_healthy(base_url)
+            _check_health(base_url)
             yield base_url
         finally:
             if joined:  # a cluster that others use: take down only what is ours
@@ -190,21 +198,20 @@ def _free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def _wait_until_healthy(base_url: str) -> None:
-    """serve.run returns when replicas run; the proxy learns its routes a moment later."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    answer = "nothing"
-    with httpx.Client(base_url=base_url, timeout=10, trust_env=False) as client:
-        while time.monotonic() < deadline:
-            try:
-                response = client.get("/health")
-                if response.status_code == 200:
-                    return
-                answer = f"{response.status_code} {response.text[:200]}"
-            except httpx.TransportError as error:
-                answer = str(error)
-            threading.Event().wait(0.05)
-    raise RuntimeError(f"{base_url}/health did not become ok within {START_TIMEOUT_S} s; last answer: {answer}")
+def _check_health(base_url: str) -> None:
+    """One request through the whole application.
+
+    serve.start returns when the proxy listens, and serve.run when replicas run, seconds after the controller has told
+    the proxy their routes; the proxy holds a request until a replica takes it. So nothing is asked twice.
+    """
+    transport = httpx.HTTPTransport(retries=CONNECT_RETRIES)
+    try:
+        with httpx.Client(transport=transport, timeout=START_TIMEOUT_S, trust_env=False) as client:
+            response = client.get(f"{base_url}/health")
+    except httpx.TransportError as error:
+        raise RuntimeError(f"{base_url}/health does not answer ({error}); see Ray Serve's logs") from error
+    if response.status_code != 200:
+        raise RuntimeError(f"{base_url}/health answers {response.status_code} {response.text[:200]}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from rsplatform.model.embedder import Embedder
-from rsplatform.model.preprocess import decode_image, normalise, resize_crop
+from rsplatform.model.normalise import normalise
+from rsplatform.model.preprocess import decode_image, resize_crop
 from rsplatform.model.tokenizer import END_ID, PAD_ID, START_ID
 from rsplatform.serve.api import MAX_IMAGE_PIXELS
 

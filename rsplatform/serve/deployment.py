@@ -14,6 +14,7 @@ from pydantic import Field
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.localize.window import SmoothWindow
 from rsplatform.serve.app import Served, guard, running, stop_signal
 from rsplatform.stage import finished, open_stage
 from rsplatform.storage import write_bytes, write_json
@@ -25,7 +26,7 @@ class ServeConfig(StageConfig):
     model: InputArtifact
     index: InputArtifact
     chips: InputArtifact
-    smooth_attention_window: int = Field(default=3, ge=1)
+    smooth_attention_window: SmoothWindow = 3
     max_body_bytes: int = Field(default=12 * 2**20, ge=1024)
     max_body_seconds: float = Field(default=20, gt=0)
     request_timeout_s: float = Field(default=60, gt=0)
@@ -58,6 +59,7 @@ def serving(config: ServeConfig, cluster: Cluster) -> Iterator[str]:
         window=config.smooth_attention_window,
         request_timeout_s=config.request_timeout_s,
     )
+    logging.getLogger(__name__).info("starting Ray Serve with %s and %s …", config.model, config.index)
     with running(served) as base_url:
         if not done:
             _record(config, cluster, base_url)

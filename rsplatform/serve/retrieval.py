@@ -34,8 +34,8 @@ class Retrieval:
         ConfigError: the index was built with another model.
     """
 
-    def __init__(self, cluster: Cluster, model_ref: str, index_ref: str, chips_ref: str) -> None:
-        self.embedder = load_embedder(cluster.root, model_ref)
+    def __init__(self, cluster: Cluster, model_ref: str, index_ref: str, chips_ref: str, device: str = "cpu") -> None:
+        self.embedder = load_embedder(cluster.root, model_ref, device)
         self.index = ChipIndex(open_artifact(cluster.root, index_ref).uri, self.embedder.model_hash)
         chips = open_artifact(cluster.root, chips_ref)
         self.catalogue = Catalogue(read_json(chips.path(CATALOGUE_FILE)), cluster.resolve)
@@ -49,10 +49,6 @@ class Retrieval:
             ValueError: not base64, or (ImageError) no acceptable picture.
         """
         return decode_image(image_bytes(image), max_pixels=MAX_IMAGE_PIXELS)
-
-    def image_vector(self, image: str) -> np.ndarray:
-        """Unit vector (E,) of a base64 picture; raises as `picture` does."""
-        return self.embedder.embed_images([self.picture(image)])[0]
 
     def search(self, request: SearchRequest, vector_E: np.ndarray) -> list[Hit]:
         """The hits of a request whose query has this vector, best first."""

@@ -9,7 +9,7 @@ Shapes: B bands, H W pixels; the lazy array is (4, H, W).
 import fnmatch
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,35 +19,26 @@ import rasterio.errors
 import rioxarray
 import xarray
 from pydantic import Field
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 
 from rsplatform import storage
 from rsplatform.config import Config, ConfigError, InputPath
 from rsplatform.geo import Grid
+from rsplatform.sources.visit import SceneError, Visit, describe_visit, to_colours, visit_from_json
 
 # Only this driver opens a scene: a VRT (XML) that is named .tif would read other files and URLs of its choice.
 DRIVER = "GTiff"
 _CHUNKS = {"band": -1, "y": 1024, "x": 1024}
-# The stretch of a scene is computed on at most this many pixels a side, from an overview where there is one.
-STRETCH_SIDE_PX = 512
-STRETCH_PERCENTILES = (2, 98)
 _DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)[-_:]?(0[1-9]|1[0-2])[-_:]?(0[1-9]|[12]\d|3[01])(?!\d)")
-
-
-class SceneError(ValueError):
-    """A file that is no usable scene; `reason` is one word for the ledger, `detail` says what was seen."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 class SceneSource(Config):
     """Where scenes lie: a folder, an s3:// prefix or one file, and what they do not say themselves.
 
-    `chip_ground_sample_distance_m` overrides the recipe's for scenes of another scale; `dates` maps globs over scene
-    ids to RFC 3339 dates, for files without one; `bands` are 1-based.
+    `chip_ground_sample_distance_m` overrides the recipe's for scenes of another scale, `keep_without_landmark` for
+    scenes that no landmarks cover; `dates` maps globs over scene ids to RFC 3339 dates, for files without one; `bands`
+    are 1-based.
     """
 
     path: InputPath
@@ -56,18 +47,7 @@ class SceneSource(Config):
     dates: dict[str, str] = Field(default_factory=dict)
     attribution: str = ""
     chip_ground_sample_distance_m: float | None = Field(default=None, ge=0.05, le=1000)
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One file of a scene: what turns its bands into uint8 and tells data from nothing."""
-
-    uri: str
-    bands: tuple[int, ...]
-    nodata: float | None
-    alpha_band: int | None
-    has_mask: bool  # a mask inside the file, which only a warp reads
-    stretch: tuple[tuple[float, float], ...] | None  # (low, high) per band → 0..255; None for uint8
+    keep_without_landmark: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,9 @@ class Scene:
     attribution: str
     visits: tuple[Visit, ...]
     split: str = "train"
-    chip_ground_sample_distance_m: float | None = None  # None: the recipe's
+    # None: the recipe's
+    chip_ground_sample_distance_m: float | None = None
+    keep_without_landmark: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON gives it back."""
@@ -93,21 +75,9 @@ class Scene:
 
 def scene_from_json(document: dict[str, Any]) -> Scene:
     """The inverse of `Scene.to_json`."""
-    grid = document["grid"]
-    values = {
-        key: document[key] for key in ("id", "uri", "datetime", "attribution", "split", "chip_ground_sample_distance_m")
-    }
-    visits = tuple(
-        Visit(**visit | {"bands": tuple(visit["bands"]), "stretch": _pairs(visit["stretch"])})
-        for visit in document["visits"]
-    )
-    return Scene(
-        grid=Grid(grid["crs"], tuple(grid["transform"]), grid["width"], grid["height"]), visits=visits, **values
-    )
-
-
-def _pairs(stretch: list[list[float]] | None) -> tuple[tuple[float, float], ...] | None:
-    return None if stretch is None else tuple((low, high) for low, high in stretch)
+    grid, visits = Grid(**document["grid"] | {"transform": tuple(document["grid"]["transform"])}), document["visits"]
+    values = {field.name: document[field.name] for field in fields(Scene) if field.name in document}
+    return Scene(**values | {"grid": grid, "visits": tuple(visit_from_json(visit) for visit in visits)})
 
 
 def find_scene_files(source: SceneSource, resolve: Callable[[str], str]) -> list[tuple[str, str]]:
@@ -129,7 +99,7 @@ def find_scene_files(source: SceneSource, resolve: Callable[[str], str]) -> list
 
 
 def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
-    """Read the header and an overview of one file.
+    """Read the header of one file, and of one that is not 8-bit a sample of its pixels.
 
     Raises:
         SceneError: reason unreadable (missing, damaged, not a GeoTIFF) | no_crs | not_georeferenced | too_few_bands |
@@ -143,11 +113,13 @@ def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
             transform = tuple(dataset.transform)[:6]
             grid = Grid(dataset.crs.to_wkt(), transform, dataset.width, dataset.height)
             datetime = _datetime(dataset, scene_id, source.dates)
-            visit = _visit(dataset, place, source.bands)
+            visit = describe_visit(dataset, place, source.bands)
     except rasterio.errors.RasterioError as error:
         raise SceneError("unreadable", f"{place}: {error}") from error
-    scale = source.chip_ground_sample_distance_m
-    return Scene(scene_id, uri, grid, datetime, source.attribution, (visit,), chip_ground_sample_distance_m=scale)
+    overrides: dict[str, Any] = {
+        name: getattr(source, name) for name in ("chip_ground_sample_distance_m", "keep_without_landmark")
+    }
+    return Scene(scene_id, uri, grid, datetime, source.attribution, (visit,), **overrides)
 
 
 def _check(dataset: Any, bands: tuple[int, ...]) -> None:
@@ -172,47 +144,6 @@ def _datetime(dataset: Any, scene_id: str, dates: dict[str, str]) -> str:
             time = re.search(r"\d\d:\d\d:\d\d$", text)
             return f"{'-'.join(found.groups())}T{time.group() if time else '00:00:00'}Z"
     return ""
-
-
-def _visit(dataset: Any, place: str, bands: tuple[int, ...]) -> Visit:
-    alpha_bands = [index for index, colour in enumerate(dataset.colorinterp, 1) if colour == ColorInterp.alpha]
-    flags = dataset.mask_flag_enums[bands[0] - 1]
-    has_mask = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
-    visit = Visit(place, bands, dataset.nodata, alpha_bands[0] if alpha_bands else None, has_mask, None)
-    scale = max(1.0, max(dataset.width, dataset.height) / STRETCH_SIDE_PX)
-    shape = (dataset.count, max(1, round(dataset.height / scale)), max(1, round(dataset.width / scale)))
-    sample_BHW = dataset.read(out_shape=shape)
-    valid_HW = _valid(sample_BHW, visit)
-    if not valid_HW.any():
-        raise SceneError("no_data", f"{place}: every pixel is nodata")
-    if sample_BHW.dtype == np.uint8:
-        return visit
-    values = [sample_BHW[band - 1][valid_HW].astype(np.float64) for band in bands]
-    stretch = tuple((float(low), float(high)) for low, high in (np.percentile(v, STRETCH_PERCENTILES) for v in values))
-    return replace(visit, stretch=stretch)
-
-
-def _valid(raw_BHW: np.ndarray, visit: Visit) -> np.ndarray:
-    """bool (H, W): where the file has data. Nodata counts where all colours have it."""
-    colours_BHW = raw_BHW[[band - 1 for band in visit.bands]]
-    valid_HW = np.asarray(np.isfinite(colours_BHW).all(axis=0))
-    if visit.alpha_band is not None:
-        valid_HW = valid_HW & (raw_BHW[visit.alpha_band - 1] > 0)
-    elif visit.nodata is not None and np.isfinite(visit.nodata):
-        valid_HW = valid_HW & (colours_BHW != np.array(visit.nodata).astype(raw_BHW.dtype)).any(axis=0)
-    return valid_HW
-
-
-def to_colours(raw_BHW: np.ndarray, visit: Visit) -> np.ndarray:
-    """All bands of a file → uint8 (4, H, W): red, green, blue by the scene's stretch, and validity (0 or 255)."""
-    colours_BHW = raw_BHW[[band - 1 for band in visit.bands]]
-    valid_HW = _valid(raw_BHW, visit)
-    if visit.stretch is not None:
-        limits = np.array(visit.stretch, np.float32)
-        low, range_ = limits[:, :1, None], np.maximum(limits[:, 1:, None] - limits[:, :1, None], 1e-12)
-        scaled = np.nan_to_num((colours_BHW.astype(np.float32) - low) / range_)
-        colours_BHW = np.round(scaled.clip(0, 1) * 255).astype(np.uint8)
-    return np.concatenate([np.where(valid_HW, colours_BHW, 0).astype(np.uint8), valid_HW[None] * np.uint8(255)])
 
 
 @dataclass(frozen=True)
@@ -284,7 +215,7 @@ def read_window(layers: list[Layer], row: int, column: int, height: int, width: 
 
 
 def compose(name: str, scenes: list[Scene]) -> Scene:
-    """One scene of several dates of a place, on the grid of the first; dated as the latest.
+    """One scene of several dates of a place, on the grid of the first and cut as its source says; dated as the latest.
 
     Raises:
         ValueError: no scenes.

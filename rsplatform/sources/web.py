@@ -9,7 +9,6 @@ before a row is read, because reading them may run code.
 """
 
 import base64
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rich.progress import Progress
 
 from rsplatform import storage
 from rsplatform.config import Config, ConfigError, InputPath
+from rsplatform.sources.listings import draw_texts, inside, picture_names, read_captions_jsonl, read_rsicd
 
 MAX_FILE_BYTES = 64 * 2**20
 CANDIDATES_PER_READ = 512
@@ -60,20 +60,22 @@ class ParquetCandidates(Config):
 
 
 class RsicdCandidates(Config):
-    """RSICD's layout: one JSON and one folder."""
+    """RSICD's layout: one JSON and one folder. `texts_per_picture`: so many texts, drawn by the id; null: all."""
 
     type: Literal["rsicd"] = "rsicd"
     captions: InputPath
     images: InputPath
     split: str = "train"
+    texts_per_picture: int | None = Field(default=None, ge=1)
     rows: RowRange = RowRange()
 
 
 class CaptionedFolderCandidates(Config):
-    """A folder with captions.jsonl."""
+    """A folder with captions.jsonl. `texts_per_picture`: so many texts, drawn by the id; null: all."""
 
     type: Literal["captioned_folder"] = "captioned_folder"
     path: InputPath
+    texts_per_picture: int | None = Field(default=None, ge=1)
     rows: RowRange = RowRange()
 
 
@@ -208,58 +210,24 @@ def _from_row(source: ParquetCandidates, row: dict[str, Any]) -> Candidate:
 
 def _listing(source: CandidateSource, resolve: Resolve) -> list[tuple[str, str, tuple[str, ...]]]:
     """(id, place of the picture, texts) of every picture, sorted by id."""
+    number = None
     if isinstance(source, RsicdCandidates):
-        folder = resolve(source.images).rstrip("/")
-        images = _document(resolve(source.captions)).get("images", [])
-        found = [
-            (f"rsicd/{item['filename']}", _inside(folder, item["filename"]), _sentences(item))
-            for item in images
-            if item.get("split") == source.split
-        ]
+        folder, prefix, number = resolve(source.images).rstrip("/"), "rsicd", source.texts_per_picture
+        listed = read_rsicd(resolve(source.captions), source.split)
     elif isinstance(source, CaptionedFolderCandidates):
-        folder = resolve(source.path).rstrip("/")
-        lines = _read(f"{folder}/captions.jsonl").decode("utf-8").splitlines()
-        items = [json.loads(line) for line in lines if line.strip()]
-        name = PurePosixPath(folder).name
-        found = [(f"{name}/{i['file']}", _inside(folder, i["file"]), tuple(i["captions"])) for i in items]
+        folder, number = resolve(source.path).rstrip("/"), source.texts_per_picture
+        prefix, listed = PurePosixPath(folder).name, read_captions_jsonl(f"{folder}/captions.jsonl")
     elif isinstance(source, PictureFolderCandidates):
         folder = resolve(source.path).rstrip("/")
-        names = [
-            name for name in storage.list_files(folder) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
-        ]
-        found = [(f"{PurePosixPath(folder).name}/{name}", f"{folder}/{name}", ()) for name in names]
+        prefix, listed = PurePosixPath(folder).name, [(name, ()) for name in picture_names(folder)]
     else:
         raise TypeError(f"{type(source).__name__} has no listing")
-    if not found:
+    if not listed:
         raise ConfigError(f"candidates: {folder}: no pictures; fix the path, the split or the data root")
-    return sorted(found)
-
-
-def _sentences(item: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(" ".join(sentence["raw"].replace(" .", ".").split()) for sentence in item["sentences"]))
-
-
-def _inside(folder: str, name: str) -> str:
-    """The place of a file that a third-party list names; ConfigError if it points out of its folder."""
-    if name.startswith("/") or "://" in name or ".." in PurePosixPath(name).parts:
-        raise ConfigError(f"candidates: {name!r} points out of {folder}")
-    return f"{folder}/{name}"
-
-
-def _document(place: str) -> dict[str, Any]:
-    try:
-        return json.loads(_read(place))
-    except ValueError as error:
-        raise ConfigError(f"candidates: {place} is not valid JSON: {error}") from error
-
-
-def _read(place: str) -> bytes:
-    try:
-        return storage.read_bytes(place)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"candidates: {place} does not exist; fix the path or metadata.rsplatform.data_root"
-        ) from error
+    return sorted(
+        (f"{prefix}/{name}", inside(folder, name), draw_texts(f"{prefix}/{name}", texts, number))
+        for name, texts in listed
+    )
 
 
 def _read_file(candidate_id: str, place: str, texts: tuple[str, ...]) -> Candidate:

@@ -14,6 +14,10 @@ from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.train.optimizer import Schedule
 
 
+class RecipeMismatchError(ValueError):
+    """A valid recipe that asks for what its dataset or its placement cannot give; the message says what to change."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """`mixture`: share of the draws by kind of source, e.g. {web_pairs: 0.5, chips: 0.5}; a kind that is not named
@@ -64,7 +68,7 @@ class Curriculum:
         """Global batch of sample indices by step; `tables` and `weights` are those of the samples.
 
         Raises:
-            ValueError: a mixture names a kind that the dataset does not hold.
+            RecipeMismatchError: a mixture names a kind that the dataset does not hold.
         """
         kinds = np.array([table.split("/")[0] for table in tables])
         draws = [
@@ -85,7 +89,7 @@ def _phase_draws(
     unknown = set(phase.mixture) - set(kinds)
     if unknown:
         held = ", ".join(sorted(set(kinds.tolist())))
-        raise ValueError(f"phase {phase.name}: mixture names {sorted(unknown)}, but the dataset holds {held}")
+        raise RecipeMismatchError(f"phase {phase.name}: mixture names {sorted(unknown)}, but the dataset holds {held}")
     members = np.flatnonzero(np.isin(kinds, list(phase.mixture))) if phase.mixture else np.arange(len(kinds))
     chances = np.asarray(weights, dtype=np.float64)[members]
     for kind, share in phase.mixture.items():

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from rich.console import Console
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
@@ -68,7 +69,11 @@ def prepare_tokenizer(config: PretrainConfig, cluster: Cluster, folder: str) -> 
     else:
         assert config.model is not None, "the recipe's validator demands one of model and start_from"
         captions = SampleStore(cluster.root, config.dataset, config.split).all_captions()
-        tokenizer = Tokenizer.train(captions, config.model.mammut_config().text.vocab_size)
+        vocab_size = config.model.mammut_config().text.vocab_size
+        with Console(stderr=True).status(
+            f"tokenizer: learning up to {vocab_size} tokens from {len(captions)} captions"
+        ):
+            tokenizer = Tokenizer.train(captions, vocab_size)
         logger.info("tokenizer: %d tokens from %d captions", tokenizer.vocab_size, len(captions))
         data = tokenizer.to_json().encode()
     storage.write_bytes(target, data)
@@ -85,9 +90,11 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
         return run_worker(job)
     with ray_runtime(cluster):
         outcome = _ray_train(job)
+    if job.run is not None:
+        job.run.outbox.rows.extend(outcome["unsent"])
     if "diverged" in outcome:
         raise TrainingDivergedError(outcome["diverged"])
-    return Progress(**outcome)
+    return Progress(**outcome["progress"])
 
 
 def _ray_train(job: WorkerJob) -> dict[str, Any]:
@@ -119,7 +126,8 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
             outcome = trainer.fit().return_value
     finally:
         system.delete_dir(path)
-    return outcome or {}
+    assert outcome is not None, "Ray Train returns what its first worker returned"
+    return outcome
 
 
 def export_model(job: WorkerJob) -> None:

@@ -18,7 +18,9 @@ import torch
 
 from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.train.batch import Augmentation, Batch, augment, pad_tokens, sample_rng
+from rsplatform.train.augment import Augmentation, augment, pad_tokens, sample_rng
+from rsplatform.train.batch import Batch
+from rsplatform.train.curriculum import RecipeMismatchError
 
 
 class EncodedSample(Protocol):
@@ -105,12 +107,12 @@ class Loader:
         """This process's share of global batch `step`.
 
         Raises:
-            ValueError: the global batch does not divide among the processes.
+            RecipeMismatchError: the global batch does not divide among the processes.
             ImageError: a sample's bytes are no picture; the message names the sample.
         """
         rows = self.plan(step)
         if len(rows) % self.share.world_size:
-            raise ValueError(
+            raise RecipeMismatchError(
                 f"batch_size {len(rows)} does not divide among {self.share.world_size} workers; "
                 "change batch_size in the recipe or train.num_workers in the cluster file"
             )

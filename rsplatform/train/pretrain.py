@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut
-from rsplatform.model.preprocess import normalise
+from rsplatform.model.normalise import normalise
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine, mean_over_processes
 from rsplatform.train.optimizer import AveragedWeights

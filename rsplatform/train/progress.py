@@ -45,11 +45,11 @@ def _watch(run: Run, num_steps: int, stop: threading.Event) -> None:
         TextColumn("{task.description}"),
     )
     console = Console(stderr=True)
-    last_line, last_step = time.monotonic(), -1
+    last_line, last_step, latest = time.monotonic(), -1, LatestMetrics(run)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting workers", total=num_steps)
         while not stop.wait(POLL_SECONDS):
-            metrics = run.latest_metrics()
+            metrics = latest.read()
             step = int(metrics.get(STEP_METRIC, 0))
             if step == last_step or "train/loss" not in metrics:
                 continue
@@ -58,6 +58,27 @@ def _watch(run: Run, num_steps: int, stop: threading.Event) -> None:
             if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_SECONDS:
                 last_line = time.monotonic()
                 logger.info("step %d/%d  %s", step, num_steps, describe(metrics))
+
+
+class LatestMetrics:
+    """A run's metrics as they were last readable: a tracking server that is away must not end the display."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.is_readable = True
+        self._last: dict[str, float] = {}
+
+    def read(self) -> dict[str, float]:
+        """The metrics now, or those of the last successful read; one warning for each absence."""
+        try:
+            self._last = self.run.latest_metrics()
+        except Exception as error:  # whatever a database or server may say
+            if self.is_readable:
+                logger.warning("training goes on, its progress cannot be shown now: %s", error)
+            self.is_readable = False
+        else:
+            self.is_readable = True
+        return self._last
 
 
 def describe(metrics: Mapping[str, float]) -> str:

@@ -11,7 +11,7 @@ from rsplatform.cluster import TrainPlacement
 from rsplatform.config import Config, InputArtifact, InputPath, StageConfig
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig, mammut_config
-from rsplatform.train.batch import Augmentation
+from rsplatform.train.augment import Augmentation
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.loader import LoaderConfig
 from rsplatform.train.optimizer import OptimizerConfig

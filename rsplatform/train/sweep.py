@@ -5,9 +5,11 @@ left its result file, an unfinished one goes on from its checkpoint. ASHA stops 
 one Tune actor (launcher "local"); a trial over several workers is not here.
 """
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
@@ -19,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from rsplatform import storage, tracking
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, TrainPlacement
-from rsplatform.config import Config, ConfigError, StageConfig, validate
+from rsplatform.config import Config, ConfigError, StageConfig, TemplateMarker, validate
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.launch import prepare_tokenizer
@@ -28,7 +30,12 @@ from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.worker import WorkerJob, run_worker
 
 BEST_RECIPE = "best.yaml"
-RESULT = "result.json"
+RESULT, TRIAL = "result.json", "trial.json"
+LOGGER = logging.getLogger("rsplatform.tune")
+
+
+class SweepError(RuntimeError):
+    """A sweep without a best trial; the message says what to change."""
 
 
 class SearchField(Config):
@@ -55,9 +62,12 @@ class SearchField(Config):
 
 
 class TuneConfig(StageConfig):
-    """`search` maps dotted keys of the recipe (phases.0.schedule.learning_rate) to how they are drawn."""
+    """`search` maps dotted keys of the recipe (phases.0.schedule.learning_rate) to how they are drawn.
 
-    recipe: PretrainConfig
+    `recipe` is what the trials are copies of; best.yaml is the best copy, with the recipe's own output.
+    """
+
+    recipe: Annotated[PretrainConfig, TemplateMarker()]
     search: dict[str, SearchField] = Field(min_length=1)
     num_trials: int = Field(default=4, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -108,20 +118,35 @@ def tune(config: TuneConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        jobs = [_job(config, cluster, stage, index) for index in range(config.num_trials)]
-        waiting = [index for index, job in enumerate(jobs) if not storage.exists(f"{job.folder}/{RESULT}")]
-        if waiting:
-            with ray_runtime(cluster):
-                _run_trials(config, cluster, jobs, waiting, stage)
-        results = [storage.read_json(f"{job.folder}/{RESULT}") for job in jobs]
-        _conclude(config, stage, jobs, results)
+        jobs: list[WorkerJob] = []
+        with _failing_with_the_sweep(jobs):
+            for index in range(config.num_trials):
+                jobs.append(_job(config, cluster, stage, index))
+            waiting = [index for index, job in enumerate(jobs) if not storage.exists(f"{job.folder}/{RESULT}")]
+            if waiting:
+                with ray_runtime(cluster):
+                    _run_trials(config, cluster, jobs, waiting, stage)
+            results = [storage.read_json(f"{job.folder}/{RESULT}") for job in jobs]
+            _conclude(config, stage, jobs, results)
     return stage.artifact
+
+
+@contextlib.contextmanager
+def _failing_with_the_sweep(jobs: list[WorkerJob]) -> Iterator[None]:
+    """The trials' runs are closed as FAILED when the sweep fails, those with a result as FINISHED: none stays open."""
+    try:
+        yield
+    except BaseException:
+        for job in jobs:
+            assert job.run is not None, "every trial has its run"
+            job.run.fail("FINISHED" if storage.exists(f"{job.folder}/{RESULT}") else "FAILED")
+        raise
 
 
 def _job(config: TuneConfig, cluster: Cluster, stage: Stage, index: int) -> WorkerJob:
     values, recipe = config.trials()[index]
     folder = stage.artifact.path(f"trials/{index}")
-    note = f"{folder}/trial.json"
+    note = f"{folder}/{TRIAL}"
     resume = storage.read_json(note)["run_id"] if storage.exists(note) else None
     name, tags = f"{config.output} trial {index}", {"kind": "trial", "trial": str(index), "ref": config.output}
     run = tracking.start_run(cluster.root, config.pipeline, name, values, tags=tags, resume=resume)
@@ -168,7 +193,8 @@ def _run_trials(config: TuneConfig, cluster: Cluster, jobs: list[WorkerJob], wai
             storage.write_json(f"{jobs[index].folder}/{RESULT}", {"step": 0, "stopped_early": True, "diverged": True})
             continue
         if outcome.error is not None:
-            raise RuntimeError(f"trial {index} failed: {outcome.error}") from outcome.error
+            LOGGER.error("trial %d failed", index)
+            raise outcome.error
         _record_stopped(jobs[index], outcome.metrics or {}, config.objective)
 
 
@@ -203,10 +229,11 @@ def _conclude(config: TuneConfig, stage: Stage, jobs: list[WorkerJob], results: 
         job.run.end("FINISHED")
     complete = [index for index, result in enumerate(results) if not result["stopped_early"]]
     if not complete:
-        raise ValueError(f"{config.output}: no trial ran to its end; lengthen max_minutes or lower the learning rates")
+        raise SweepError(f"{config.output}: no trial ran to its end; lengthen max_minutes or lower the learning rates")
     best = min(complete, key=lambda index: results[index][config.objective])
     text = yaml.safe_dump(jobs[best].config.model_dump(mode="json"), sort_keys=False)
     storage.write_bytes(stage.artifact.path(BEST_RECIPE), text.encode())
+    stage.run.log_text(text, BEST_RECIPE)
     stage.log({f"best/{config.objective}": results[best][config.objective], "best/trial": best})
     stage.run.set_tags({f"best.{key}": str(value) for key, value in config.trials()[best][0].items()})
     stage.counts = {"trials": len(jobs), "complete": len(complete), "stopped_early": len(jobs) - len(complete)}

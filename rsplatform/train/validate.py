@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 import torch
 
 from rsplatform.model.losses import LossConfig, mammut_loss
-from rsplatform.model.preprocess import normalise
+from rsplatform.model.normalise import normalise
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine
 

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.tracking import Run
-from rsplatform.train.batch import NO_AUGMENTATION
+from rsplatform.train.augment import NO_AUGMENTATION
 from rsplatform.train.checkpoint import CheckpointFolder
+from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.loader import Loader, LoaderConfig, Share
 from rsplatform.train.pretrain import Hooks, Progress, TrainingDivergedError, fit
@@ -55,13 +56,17 @@ class WorkerJob:
 
 
 def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """`run_worker` as Ray Train calls it. A divergence is an answer, not a failure: a restart would meet it again."""
+    """`run_worker` as Ray Train calls it. A divergence is an answer, not a failure: a restart would meet it again.
+
+    The answer also holds the metrics that MLflow has not taken, `unsent`: the driver tries once more.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    job: WorkerJob = loop_config["job"]
     try:
-        progress = run_worker(loop_config["job"])
+        answer: dict[str, Any] = {"progress": asdict(run_worker(job))}
     except TrainingDivergedError as error:
-        return {"diverged": str(error)}
-    return {"step": progress.step, "elapsed_s": progress.elapsed_s, "stopped": progress.stopped}
+        answer = {"diverged": str(error)}
+    return answer | {"unsent": job.run.outbox.rows if job.run else []}
 
 
 def run_worker(job: WorkerJob) -> Progress:
@@ -83,14 +88,11 @@ def run_worker(job: WorkerJob) -> Progress:
         resume = job.checkpoints.latest()
         recorder = Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0)
         hooks = Hooks(recorder.report, recorder.save, _validation(job, engine, tokenizer, config))
-        return fit(
-            engine,
-            loader.batches,
-            job.config.curriculum.learning_rate,
-            job.config.loop_config(job.placement),
-            hooks,
-            resume,
-        )
+        loop = job.config.loop_config(job.placement)
+        try:
+            return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
+        finally:
+            recorder.close()
 
 
 def initial_model(config: PretrainConfig, root: str) -> Mammut:
@@ -135,6 +137,11 @@ class Recorder:
             line = describe({f"train/{name}": value for name, value in metrics.items()})
             logger.info("step %d/%d  %s", step, num_steps, line)
 
+    def close(self) -> None:
+        """Send what MLflow has not taken yet; a warning says what it never will, which history.json still holds."""
+        if self.is_first and self.job.run is not None:
+            self.job.run.flush()
+
     def save(self, tensors: Mapping[str, torch.Tensor], progress: Progress) -> None:
         """The history first, so that it is never shorter than its checkpoint."""
         if self.is_first:
@@ -157,7 +164,9 @@ def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
     from rsplatform.train.deepspeed import DeepSpeedEngine
 
     if job.config.ema_decay is not None and job.placement.zero_stage == 3:
-        raise ValueError("ema_decay averages whole weights, which ZeRO stage 3 shards; use zero_stage 2 or no EMA")
+        raise RecipeMismatchError(
+            "ema_decay averages whole weights, which ZeRO stage 3 shards; use zero_stage 2 or no EMA"
+        )
     return DeepSpeedEngine(
         model,
         job.config.optimizer,

@@ -115,7 +115,7 @@ def kill_in_training(root: Path) -> None:
 
 def summary_of(printed: str) -> list[str]:
     """The closing summary, without what Ray printed before and between."""
-    assert "every arrow ran" in printed
+    assert "arrows ran" in printed
     lines = printed[printed.index("rsplatform demo:") :].splitlines()
     return [line for line in lines if line and "(raylet)" not in line]
 
@@ -147,6 +147,8 @@ def test_a_killed_demo_goes_on_where_it_was(demo: Demo) -> None:
     for stage in ("ingest_scenes", "filter_web", "caption", "build_dataset"):
         assert f"{stage} stands from an earlier run" in demo.log
     assert "pretrain → model/demo/v1" in demo.log
+    headline = summary_of(demo.printed)[0]
+    assert "7 of 13 arrows ran" in headline and headline.endswith("filter_web, caption, build_dataset")
     history = json.loads(Path(demo.root, "model/demo/v1/history.json").read_text())
     steps = [row["step"] for row in history if "loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == 125
@@ -165,7 +167,7 @@ def test_the_summary_tells_the_whole_story(demo: Demo) -> None:
         "self-trained",
     ):
         assert word in demo.printed
-    for word in ("× chance", "where in it", "lon ", "make mlflow", "make serve"):
+    for word in ("× chance", "where in it", "lon ", "make mlflow ROOT=", "make serve CLUSTER=", "is best: val_"):
         assert word in demo.printed
 
 
@@ -199,6 +201,33 @@ def test_mlflow_holds_one_run_a_job_below_the_demo(demo: Demo) -> None:
     sweep = next(run for run in children if run.info.run_name == "sweep/demo/v1")
     trials = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
     assert len(trials) == 2
+    assert "phases.0.schedule.learning_rate" in model.data.params
+    assert sweep.data.tags["input.dataset/demo/v1"]
+
+
+def test_mlflow_holds_the_pictures_of_every_stage(demo: Demo) -> None:
+    assert {"contact_sheets/kept.png", "contact_sheets/dropped.png"} <= logged_files(demo, "web_pairs/demo/v1")
+    assert {"contact_sheets/kept.png", "contact_sheets/dropped.png"} <= logged_files(demo, "chips/demo/v1")
+    assert "loss.png" in logged_files(demo, "model/demo/v1")
+    evaluation = logged_files(demo, "evaluation/demo/v1")
+    assert {"world_val_recall.png", "report.json"} <= evaluation
+    assert any(name.startswith("world_masks/") and name.endswith("_heat.png") for name in evaluation)
+    assert "best.yaml" in logged_files(demo, "sweep/demo/v1")
+    assert "summary.txt" in logged_files(demo, "demo/world/v1")
+
+
+def logged_files(demo: Demo, ref: str) -> set[str]:
+    """Every file in the MLflow run of an artifact, as MLflow's client lists them."""
+    client = tracking._client(tracking.tracking_uri(demo.root))
+    run_id = Artifact(demo.root, ref).manifest()["mlflow_run_id"]
+    found, folders = set(), [""]
+    while folders:
+        for item in client.list_artifacts(run_id, folders.pop() or None):
+            if item.is_dir:
+                folders.append(item.path)
+            else:
+                found.add(item.path)
+    return found
 
 
 def test_a_second_run_finishes_at_once_and_says_the_same(demo: Demo) -> None:

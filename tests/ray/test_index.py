@@ -10,7 +10,7 @@ from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.index.build import build_index, index_pipeline
 from rsplatform.index.embed import load_embedder
-from rsplatform.index.store import ChipIndex, table_uri
+from rsplatform.index.store import TABLE_PATH, ChipIndex
 from rsplatform.ledger import read_drops
 
 pytestmark = pytest.mark.ray
@@ -39,7 +39,7 @@ def test_index_on_ray_equals_the_plain_one(tmp_path: Path) -> None:
     counts = run_plain(pipeline, shards)
     assert artifact.manifest()["counts"] == counts == {"inputs": 64, "kept": 62, "dropped": {"unreadable": 2}}
     assert {row["id"][-4:] for row in read_drops(artifact).to_pylist()} == {"0005", "0040"}
-    made, expected = (lance.dataset(table_uri(item.uri)).to_table() for item in (artifact, plain))
+    made, expected = (lance.dataset(item.path(TABLE_PATH)).to_table() for item in (artifact, plain))
     assert made.drop(["vector"]).equals(expected.drop(["vector"]))
     assert made["row"].to_pylist() == [row for row in range(64) if row not in {5, 40}]
 

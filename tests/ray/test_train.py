@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 from watchfiles import watch
 
 from rsplatform.artifacts import Artifact
+from rsplatform.cli import own_error
 from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.runtime import ray_runtime
+from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.launch import pretrain
 from rsplatform.train.pretrain import TrainingDivergedError
 from rsplatform.train.recipe import PretrainConfig
@@ -60,6 +63,14 @@ def test_a_divergence_is_not_retried(cluster: Cluster) -> None:
     phases = [{"name": "mad", "steps": 8, "schedule": {"learning_rate": 1e30, "decay": "constant"}}]
     with pytest.raises(TrainingDivergedError, match="Lower the learning rate"):
         train(cluster, "mad", TrainPlacement(max_failures=3), phases=phases)
+
+
+def test_a_workers_error_of_ours_is_found_in_rays(cluster: Cluster) -> None:
+    with pytest.raises(TrainingFailedError) as raised:
+        train(cluster, "odd", TrainPlacement(num_workers=2, max_failures=0), batch_size=7)
+    told = own_error(raised.value)
+    assert isinstance(told, RecipeMismatchError)
+    assert str(told).startswith("batch_size 7 does not divide among 2 workers")
 
 
 @pytest.mark.parametrize(("num_workers", "engine"), [(1, "plain"), (2, "deepspeed")])

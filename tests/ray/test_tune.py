@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rsplatform import storage, tracking
+from rsplatform import artifacts, storage, tracking
+from rsplatform.artifacts import Artifact
+from rsplatform.cli import own_error
 from rsplatform.cluster import Cluster
 from rsplatform.config import load_config
 from rsplatform.runtime import ray_runtime
+from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.sweep import BEST_RECIPE, RESULT, TuneConfig, tune
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
@@ -46,6 +49,7 @@ def test_a_sweep_finds_a_recipe_and_resumes(cluster: Cluster, monkeypatch: pytes
         patch.setattr("rsplatform.train.sweep._conclude", _break)
         with pytest.raises(OSError, match="unplugged"):
             tune(config, cluster)
+    assert set(child_statuses(cluster, config.output)) == {"FINISHED"}  # each trial had its result
     folder = Path(cluster.root) / config.output / "trials"
     before = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
     assert len(before) == 4
@@ -54,6 +58,8 @@ def test_a_sweep_finds_a_recipe_and_resumes(cluster: Cluster, monkeypatch: pytes
     after = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
     assert {path for path in before if after[path] != before[path]} == {folder / "2" / RESULT}
 
+    dataset = Artifact(cluster.root, "dataset/tiny/v1")
+    assert artifact.manifest()["inputs"] == {dataset.ref: dataset.fingerprint()}
     counts = artifact.manifest()["counts"]
     assert counts["trials"] == 4 == counts["complete"] + counts["stopped_early"]
     best = load_config(PretrainConfig, Path(artifact.uri) / BEST_RECIPE)
@@ -66,6 +72,27 @@ def test_a_sweep_finds_a_recipe_and_resumes(cluster: Cluster, monkeypatch: pytes
     assert_children(cluster, artifact.manifest()["mlflow_run_id"])
 
 
+def test_a_failing_trial_fails_the_sweep_in_one_sentence_and_leaves_no_run_open(cluster: Cluster) -> None:
+    mixed = {"name": "mix", "steps": 2, "schedule": {"learning_rate": 1e-3}, "mixture": {"web_pair": 1.0}}
+    recipe = tiny_recipe(output="model/tuned/v1", validate_every_steps=2, phases=[mixed])
+    search = {"loss.caption_weight": {"choices": [1.0]}}
+    config = sweep_config(output="sweep/failing/v1", recipe=recipe, search=search, num_trials=2)
+    with pytest.raises(Exception, match="web_pair") as raised:
+        tune(config, cluster)
+    told = own_error(raised.value)
+    assert isinstance(told, RecipeMismatchError) and "holds chips, web_pairs" in str(told)
+    assert child_statuses(cluster, config.output) == ["FAILED", "FAILED"]
+
+
+def child_statuses(cluster: Cluster, ref: str) -> list[str]:
+    """Statuses of the trials' MLflow runs of a sweep that did not finish."""
+    parent = artifacts.noted_run(Artifact(cluster.root, ref))
+    client = tracking._client(tracking.tracking_uri(cluster.root))
+    experiment = client.get_run(parent).info.experiment_id
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return [run.info.status for run in children]
+
+
 def _break(*_) -> None:
     raise OSError("unplugged")
 
@@ -73,6 +100,7 @@ def _break(*_) -> None:
 def assert_children(cluster: Cluster, parent: str) -> None:
     client = tracking._client(tracking.tracking_uri(cluster.root))
     experiment = client.get_run(parent).info.experiment_id
+    assert "best.yaml" in {item.path for item in client.list_artifacts(parent)}
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert sorted(run.data.tags["trial"] for run in children) == ["0", "1", "2", "3"]
     assert all("loss.caption_weight" in run.data.params for run in children)

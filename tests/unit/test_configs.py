@@ -9,7 +9,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from mlflow.utils.validation import _validate_param_name
 
+from rsplatform import tracking
 from rsplatform.cluster import load_cluster
 from rsplatform.config import StageConfig, load_config
 
@@ -30,6 +32,17 @@ def config_class_of(job: str) -> type[StageConfig]:
 def test_recipes_are_valid_for_their_job(path: Path) -> None:
     config = load_config(config_class_of(path.parent.name), path)
     assert config.pipeline == f"demo-{path.stem.split('_')[0]}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_key_of_a_recipe_is_a_param_of_its_own(path: Path) -> None:
+    """MLflow takes the names as they are made, and no two fields share one."""
+    config = load_config(config_class_of(path.parent.name), path)
+    keys = tracking.flatten(config.model_dump(mode="json"))
+    names = {tracking._param_name(key) for key in keys}
+    assert len(names) == len(keys)
+    for name in names:
+        _validate_param_name(name)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -1,22 +1,28 @@
-"""Stages and the command line: no-op, resume, refusal, lineage in MLflow, exit codes that say how it went."""
+"""Stages: no-op, resume, refusal, plans, lineage in MLflow; what failed is told as it failed."""
 
 import os
-from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from rsplatform import storage, tracking
 from rsplatform.artifacts import Artifact, ArtifactError
-from rsplatform.cli import _run
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
-from rsplatform.stage import finished, open_stage, plan
+from rsplatform.config import InputArtifact, StageConfig, TemplateMarker
+from rsplatform.stage import finished, open_stage, plan, recipe_identity
 
 
 class CopyConfig(StageConfig):
     source: InputArtifact | None = None
     text: str = "hello"
     fails: bool = False
+
+
+class PairConfig(StageConfig):
+    """One job that it runs, and a recipe that it only makes copies of."""
+
+    first: CopyConfig
+    sketch: Annotated[CopyConfig, TemplateMarker()]
 
 
 def copy(config: CopyConfig, cluster: Cluster) -> Artifact:
@@ -70,6 +76,45 @@ def test_a_failed_stage_is_resumed_under_the_same_run(cluster: Cluster, monkeypa
     assert copy(config, cluster).manifest()["mlflow_run_id"] == run_id
 
 
+def test_an_error_survives_a_tracking_that_fails_too(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: tracking.Run, status: str) -> None:
+        raise OSError(f"no {status} can be written")
+
+    monkeypatch.setattr(tracking.Run, "end", broken)
+    with pytest.raises(RuntimeError, match="burned"):
+        copy(CopyConfig(output="text/doubly_failing/v1", fails=True), cluster)
+
+
+def test_inputs_of_a_template_are_the_jobs_own_and_its_output_is_nobodys(cluster: Cluster) -> None:
+    source = copy(CopyConfig(output="text/source/v1"), cluster)
+    sketch = CopyConfig(output="text/sketched/v1", source=source.ref)
+    config = PairConfig(output="pair/a/v1", first=CopyConfig(output="text/nested/v1"), sketch=sketch)
+    assert recipe_identity(config, cluster)["inputs"] == {source.ref: source.fingerprint()}
+    lines = plan(config, cluster)
+    assert f"input  sketch.source = {source.ref} (finished)" in lines
+    assert [line for line in lines if "output " in line] == [
+        f"first: output {cluster.root}/text/nested/v1 (to be made)",
+        f"output {cluster.root}/pair/a/v1 (to be made)",
+    ]
+    missing = config.model_copy(update={"sketch": sketch.model_copy(update={"source": "text/none/v1"})})
+    with pytest.raises(ArtifactError, match="text/none/v1 does not exist"):
+        recipe_identity(missing, cluster)
+
+
+def test_params_are_dotted_keys_also_inside_lists(cluster: Cluster) -> None:
+    params = {"phases": [{"steps": 3, "rates": (0.1, 0.2)}, {"steps": 4}], "names": [], "replace": {"scenes/": 2}}
+    run = tracking.start_run(cluster.root, "pipeline", "lists", params, tags={})
+    written = tracking._client(run.uri).get_run(run.run_id).data.params
+    assert written == {
+        "phases.0.steps": "3",
+        "phases.0.rates.0": "0.1",
+        "phases.0.rates.1": "0.2",
+        "phases.1.steps": "4",
+        "names": "[]",
+        "replace.scenes_": "2",
+    }
+
+
 def test_children_know_their_parent(cluster: Cluster) -> None:
     parent = tracking.start_run(cluster.root, "pipeline", "parent", {}, tags={})
     with tracking.child_runs_of(parent):
@@ -90,36 +135,3 @@ def test_an_unreachable_mlflow_is_named_at_once(cluster: Cluster, monkeypatch: p
 def test_secrets_stay_out_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-key-1234")
     assert tracking.redact("see https://h/p?sig=1#x and canary-key-1234") == "see https://h/p and [redacted]"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        ([], 2, ["usage", "python jobs/copy.py"]),
-        (["--help"], 0, ["usage", "example", "Write a text"]),
-        (["recipe.yaml"], 2, ["expected RECIPE and CLUSTER"]),
-        (["RECIPE", "CLUSTER", "--dryrun"], 2, ["--dryrun"]),
-        (["RECIPE", "CLUSTER", "--dry-run"], 0, ["output", "to be made"]),
-        (["RECIPE", "CLUSTER"], 0, ["copy: ", "text/cli/v1"]),
-        (["RECIPE", "CLUSTER", "text=other"], 2, ["config.text", "new version"]),
-        (["RECIPE", "CLUSTER", "txt=other"], 2, ["txt", "text"]),
-        (["RECIPE", "CLUSTER", "output=text/cli/v2", "fails=true"], 1, ["copy failed", "burned"]),
-        (["RECIPE", "CLUSTER", "output=text/cli/v3", "source=text/none/v1"], 2, ["text/none/v1 does not exist"]),
-        (["RECIPE", "CLUSTER", "output=text/cli/v4", "cluster.root=/proc/nowhere"], 1, ["cannot write", "/proc"]),
-    ],
-)
-def test_exit_codes_and_messages(
-    cluster: Cluster,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    code: int,
-    words: list[str],
-) -> None:
-    (tmp_path / "recipe.yaml").write_text("output: text/cli/v1\n")
-    (tmp_path / "cluster.yaml").write_text(f"metadata: {{rsplatform: {{root: {cluster.root}}}}}\n")
-    places = {"RECIPE": str(tmp_path / "recipe.yaml"), "CLUSTER": str(tmp_path / "cluster.yaml")}
-    assert _run("copy", CopyConfig, copy, "r.yaml c.yaml", [places.get(a, a) for a in arguments]) == code
-    captured = capsys.readouterr()
-    for word in words:
-        assert word in captured.out + captured.err

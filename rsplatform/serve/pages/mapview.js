@@ -2,6 +2,7 @@
 /* global maplibregl */
 
 const GROUND = { light: "#dfe5e3", dark: "#0b100f" };
+const MAX_SPAN_DEGREES = 1;
 const NOTHING = { type: "FeatureCollection", features: [] };
 const MOVE = matchMedia("(prefers-reduced-motion: reduce)").matches ? { duration: 0 } : { duration: 500 };
 
@@ -24,6 +25,14 @@ function around(boxes) {
   const bounds = new maplibregl.LngLatBounds();
   for (const [west, south, east, north] of boxes) bounds.extend([west, south]).extend([east, north]);
   return bounds;
+}
+
+// The box of all results, or, where they lie so far apart that none could be seen, of those beside the best one.
+function worthSeeing(results) {
+  const all = around(results.map((result) => result.bounds_lonlat));
+  const span = Math.max(all.getEast() - all.getWest(), all.getNorth() - all.getSouth());
+  if (span < MAX_SPAN_DEGREES) return all;
+  return around(results.filter((result) => result.scene === results[0].scene).map((result) => result.bounds_lonlat));
 }
 
 export class MapView {
@@ -103,7 +112,7 @@ export class MapView {
     this.map.removeFeatureState({ source: "results" });
     this.map.getSource("results").setData({ type: "FeatureCollection", features });
     if (fit && results.length) {
-      this.map.fitBounds(around(results.map((result) => result.bounds_lonlat)), { padding: this.margin(0.09), maxZoom: 17, ...MOVE });
+      this.map.fitBounds(worthSeeing(results), { padding: this.margin(0.09), maxZoom: 18, ...MOVE });
     }
   }
 

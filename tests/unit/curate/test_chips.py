@@ -1,20 +1,37 @@
 """Chips without Ray: a bad scene or block costs itself, held-out scenes are val, and every window is accounted for."""
 
+import json
 from pathlib import Path
 
 import lance
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from rasterio.transform import from_origin
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError
+from rsplatform.config import ConfigError, load_config
 from rsplatform.curate import chips
+from rsplatform.curate.caption import ReadAndDescribe, TemplateCaptioner
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.ledger import read_drops
 from rsplatform.sources.scenes import SceneSource
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+FAR_AWAY = json.dumps(
+    {
+        "type": "FeatureCollection",
+        "features": [
+            {
+                "type": "Feature",
+                "properties": {"building": "yes"},
+                "geometry": shapely.geometry.mapping(shapely.box(10, 50, 10.001, 50.001)),
+            }
+        ],
+    }
+)
 
 
 def write_scene(path: Path, *, has_crs: bool = True) -> Path:
@@ -54,6 +71,66 @@ def test_bad_scenes_and_blocks_are_ledger_rows(tmp_path: Path, root: str) -> Non
     assert {drop["id"][:7] for drop in read_drops(artifact).to_pylist()} == {"train_a"}
     rows = lance.dataset(artifact.path(chips.CHIPS_TABLE)).to_table(columns=["id", "split"]).to_pylist()
     assert {row["split"] for row in rows if row["id"].startswith("val_")} == {"val"}
+
+
+def cut(config: chips.IngestScenesConfig, cluster: Cluster) -> tuple[dict, list[dict]]:
+    """Counts and rows of a recipe, without Ray or a stage."""
+    artifact = Artifact(cluster.root, config.output)
+    scenes, _ = chips._scenes(config, cluster)
+    chips._store_landmarks(config, cluster, artifact)
+    shards, _ = chips._shards(config, scenes)
+    counts = run_plain(chips.make_pipeline(config, artifact), shards)
+    return counts, lance.dataset(artifact.path(chips.CHIPS_TABLE)).to_table().to_pylist()
+
+
+def test_a_source_decides_whether_chips_without_landmarks_stay(tmp_path: Path, root: str) -> None:
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    for name in ("kept_a", "kept_b", "strict"):
+        write_scene(folder / f"{name}.tif")
+    (tmp_path / "none.geojson").write_text(FAR_AWAY)
+    sources = [
+        SceneSource(path=str(folder), pattern="kept_*", keep_without_landmark=True),
+        SceneSource(path=str(folder), pattern="strict*"),
+    ]
+    changes = {"scenes": sources, "landmarks": [{"path": str(tmp_path / "none.geojson")}], "holdout_scenes": []}
+    changes |= {"keep_without_landmark": False, "composites": [{"name": "pair", "members": ["kept_*"]}]}
+    counts, rows = cut(config_of(folder, **changes), Cluster(root=root))
+    assert counts["dropped"] == {"no_landmark": counts["inputs"] / 2}
+    assert {row["scene"] for row in rows} == {"pair"}, "the composite says what its members' source says"
+    assert all(row["landmarks"] == [] for row in rows)
+    kept = [
+        source.model_copy(update={"keep_without_landmark": keep})
+        for source, keep in zip(sources, (False, True), strict=True)
+    ]
+    _, rows = cut(config_of(folder, **changes | {"scenes": kept, "output": "chips/t/v2"}), Cluster(root=root))
+    assert {row["scene"] for row in rows} == {"strict"}
+
+
+def test_no_landmarks_at_all_are_refused_unless_a_source_keeps_its_chips(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no landmarks, so every chip would be dropped"):
+        config_of(tmp_path, keep_without_landmark=False)
+    sources = [SceneSource(path=str(tmp_path)), SceneSource(path=str(tmp_path), keep_without_landmark=True)]
+    assert config_of(tmp_path, keep_without_landmark=False, scenes=sources).scenes == sources
+
+
+def test_the_real_composite_of_two_dates_leaves_chips(data_root: Path, root: str) -> None:
+    recipe = load_config(chips.IngestScenesConfig, REPOSITORY / "configs/ingest_scenes/real.yaml")
+    naip = [source for source in recipe.scenes if source.pattern.startswith("naip")]
+    changes = {"scenes": naip, "landmarks": recipe.landmarks[:1], "holdout_scenes": []}
+    counts, rows = cut(recipe.model_copy(update=changes), Cluster(root=root, data_root=str(data_root)))
+    assert counts["kept"] > 100 and "no_landmark" not in counts["dropped"]
+    assert {(row["scene"], row["split"], row["ground_sample_distance_m"]) for row in rows} == {("naip", "train", 5.0)}
+    assert len({row["image"] for row in rows}) == len(rows) and rows[0]["datetime"].startswith("2020")
+
+
+def test_chips_without_landmarks_get_no_caption_and_the_reason_says_so(tmp_path: Path, root: str) -> None:
+    write_scene(tmp_path / "train_a.tif")
+    config = config_of(tmp_path, holdout_scenes=[])
+    _, rows = cut(config, Cluster(root=root))
+    described = ReadAndDescribe(Artifact(root, config.output).path(chips.CHIPS_TABLE), TemplateCaptioner())
+    captions = described({"shard": "0", "start": 0, "rows": len(rows)}).to_pylist()
+    assert {(row["drop_reason"], row["captions"]) for row in captions} == {("no_landmark", None)}
 
 
 def test_no_usable_scene_and_misspelt_globs_are_errors(tmp_path: Path, root: str) -> None:

@@ -12,13 +12,15 @@ import pytest
 from PIL import Image
 
 from rsplatform import storage
+from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import load_config
-from rsplatform.curate.filter_web import FilterWebConfig, ReadCandidates
-from rsplatform.curate.overhead import TrainOverheadConfig
-from rsplatform.curate.overhead_model import average_precision, pick_threshold
+from rsplatform.curate.filter_web import FilterWebConfig, ReadCandidates, store_evaluation_hashes
+from rsplatform.curate.overhead import LabelledSource, OverheadTest, TrainOverheadConfig, score_tests
+from rsplatform.curate.overhead_model import OverheadNet, average_precision, pick_threshold
 from rsplatform.curate.picture_hash import NearIndex, content_hash, difference_hash
-from rsplatform.sources.web import ParquetCandidates, count_candidates, read_candidates
+from rsplatform.ledger import read_drops
+from rsplatform.sources.web import ParquetCandidates, PictureFolderCandidates, count_candidates, read_candidates
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -57,7 +59,7 @@ def test_each_bad_picture_is_a_drop_and_the_rest_goes_on(tmp_path: Path) -> None
     ids, images, texts = zip(*rows, strict=True)
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({"id": ids, "image": pa.array(images, pa.binary()), "alt_text": texts}), path)
-    hashes = {"val/1": [content_hash(evaluation), difference_hash(evaluation).hex()]}
+    hashes = [["val/1", content_hash(evaluation), difference_hash(evaluation).hex()]]
     storage.write_json(str(tmp_path / "hashes.json"), hashes)
     source = ParquetCandidates(path=str(path))
     config = FilterWebConfig(output="web_pairs/t/v1", overhead="overhead/t/v1", candidates=[source])
@@ -66,6 +68,68 @@ def test_each_bad_picture_is_a_drop_and_the_rest_goes_on(tmp_path: Path) -> None
     reasons = dict(zip(table["id"].to_pylist(), table["drop_reason"].to_pylist(), strict=True))
     expected = ["empty", "unreadable", "too_many_pixels", "no_image", "evaluation_image", "file_name"]
     assert reasons == dict(zip(ids, [None, *expected], strict=True))
+
+
+def test_the_split_of_a_row_depends_on_its_id_alone(tmp_path: Path) -> None:
+    ids = [f"web-{number}" for number in range(400)]
+    picture = encoded(smooth_picture(0), "PNG")
+    storage.write_json(str(tmp_path / "hashes.json"), [])
+
+    def splits(order: list[str], step: int, fraction: float) -> dict[str, str]:
+        path = tmp_path / f"{len(order)}-{step}-{fraction}.parquet"
+        columns = {"id": order, "image": [picture] * len(order), "alt_text": ["a lake and a road"] * len(order)}
+        pq.write_table(pa.table(columns), path)
+        source = ParquetCandidates(path=str(path))
+        changes = {"candidates": [source], "validation_fraction": fraction}
+        config = FilterWebConfig.model_validate({"output": "web_pairs/t/v1", "overhead": "overhead/t/v1"} | changes)
+        read = ReadCandidates(config, Cluster(root=str(tmp_path)), str(tmp_path / "hashes.json"))
+        tables = [read({"source": 0, "start": i, "stop": i + step}) for i in range(0, len(order), step)]
+        return {row["id"]: row["split"] for table in tables for row in table.select(["id", "split"]).to_pylist()}
+
+    found = splits(ids, 400, 0.1)
+    assert 20 <= sum(split == "val" for split in found.values()) <= 60
+    shuffled = ids[::-1][:200]
+    assert splits(shuffled, 64, 0.1) == {name: found[name] for name in shuffled}
+    more = splits(ids, 400, 0.3)
+    assert all(more[name] == "val" for name, split in found.items() if split == "val"), "more hold those of fewer"
+    assert set(splits(ids, 400, 0.0).values()) == {"train"}
+
+
+def test_evaluation_pictures_that_protect_nothing_are_in_the_ledger(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "good.jpg").write_bytes(encoded(smooth_picture(1), "JPEG"))
+    (folder / "cut.jpg").write_bytes(encoded(smooth_picture(2), "JPEG")[:200])
+    (folder / "empty.png").write_bytes(b"")
+    source = PictureFolderCandidates(path=str(folder))
+    values = {"overhead": "overhead/t/v1", "candidates": [source], "evaluation_images": [source, source]}
+    config = FilterWebConfig.model_validate({"output": "web_pairs/t/v1"} | values)
+    artifact = Artifact(str(tmp_path), config.output)
+    found = store_evaluation_hashes(config, Cluster(root=str(tmp_path)), artifact)
+    assert found == {"inputs": 6, "kept": 2, "dropped": {"empty": 2, "unreadable": 2}}
+    rows = read_drops(artifact).to_pylist()
+    assert {(row["id"], row["stage"]) for row in rows} == {
+        (f"pictures/{name}", "evaluation_images") for name in ("cut.jpg", "empty.png")
+    }
+
+
+def test_pictures_that_a_test_of_the_classifier_lost_are_in_the_ledger(tmp_path: Path) -> None:
+    broken = {"above": (b"", "empty"), "other": (b"no picture", "unreadable")}
+    pictures = []
+    for seed, (name, (data, _)) in enumerate(broken.items()):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "good.png").write_bytes(encoded(smooth_picture(seed), "PNG"))
+        (tmp_path / name / "bad.png").write_bytes(data)
+        source = PictureFolderCandidates(path=str(tmp_path / name))
+        pictures.append(LabelledSource(source=source, is_overhead=name == "above"))
+    artifact, tests = Artifact(str(tmp_path), "overhead/t/v1"), [OverheadTest(name="held", pictures=pictures)]
+    metrics, funnels = score_tests(OverheadNet().eval(), tests, Cluster(root=str(tmp_path)), artifact)
+    assert 0 < metrics["held_average_precision"] <= 1
+    assert funnels == {"test_held": {"inputs": 4, "kept": 2, "dropped": {"empty": 1, "unreadable": 1}}}
+    rows = read_drops(artifact).to_pylist()
+    assert {(row["id"], row["stage"], row["reason"]) for row in rows} == {
+        (f"{name}/bad.png", "test_held", reason) for name, (_, reason) in broken.items()
+    }
 
 
 def test_near_copies_are_found_and_other_pictures_are_not() -> None:

@@ -30,13 +30,14 @@ def chip(index: int, split: str) -> dict:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """Six chips (one without a caption), four web pairs (one of which repeats a chip's id)."""
+    """Six chips (one without a caption), four web pairs (one of which repeats a chip's id, and one is val)."""
     root = str(tmp_path_factory.mktemp("root"))
     chips = [chip(i, "val" if i == 5 else "train") for i in range(6)]
     captions = [
         {"id": f"chip-{i}", "captions": [f"caption {i}", f"other {i}"], "claims": []} for i in range(6) if i != 2
     ]
-    pairs = [{"id": f"web-{i}", "image": f"web {i}".encode(), "captions": ["web"], "split": "train"} for i in range(3)]
+    pairs = [{"id": f"web-{i}", "image": f"web {i}".encode(), "captions": ["web"]} for i in range(3)]
+    pairs = [pair | {"split": "val" if pair["id"] == "web-2" else "train"} for pair in pairs]
     pairs.append({"id": "chip-0", "image": b"copy", "captions": ["copy"], "split": "train"})
     write_artifact(root, "chips/a/v1", "chips.lance", pa.Table.from_pylist(chips, schema=CHIP_SCHEMA))
     write_artifact(root, "captions/a/v1", "captions.lance", pa.Table.from_pylist(captions, schema=CAPTION_SCHEMA))
@@ -64,8 +65,10 @@ def test_nothing_is_lost_and_pictures_are_read_from_their_source(cluster: Cluste
         kind, number = store.ids[index].split("-")
         assert sample.image == f"{kind} {number}".encode()
         assert sample.captions == tuple(store.captions(index))
-    assert store.weights.tolist() == [1.0] * 4 + [2.0] * 3
-    assert len(SampleStore(cluster.root, "dataset/a/v1", "val")) == 1
+    assert store.weights.tolist() == [1.0] * 4 + [2.0] * 2
+    val = SampleStore(cluster.root, "dataset/a/v1", "val")
+    assert val.ids == ["chip-5", "web-2"], "of both sources"
+    assert [sample.captions for sample in val.read([0, 1])] == [("caption 5", "other 5"), ("web",)]
 
 
 def test_missing_splits_and_tables_are_named(cluster: Cluster) -> None:

@@ -20,6 +20,7 @@ from rsplatform.evaluate.benchmarks import (
     masked_pictures,
     spread,
 )
+from rsplatform.evaluate.files import squares
 
 
 @pytest.fixture
@@ -100,3 +101,85 @@ def test_unnamed_mask_values_are_ignored() -> None:
 def test_spread_is_even_and_whole() -> None:
     assert spread(list(range(10)), 5) == [0, 2, 4, 6, 8]
     assert spread([1, 2], 5) == [1, 2]
+
+
+def classification() -> Classification:
+    return Classification(name="c", folder=".")
+
+
+def retrieval() -> CaptionFolderRetrieval:
+    return CaptionFolderRetrieval(name="r", captions="captions.json", images=".")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_missing_or_foreign_caption_files_are_named(cluster: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    for text in ('{"images": [{"filename": "a.png"}]}', '["a.png"]', "{", '{"images": 3}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"captions\.json: not RSICD's layout.*download it again or fix"):
+            load_retrieval(retrieval(), cluster)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"captions\.json: no such file; fix the recipe or .*data_root"):
+        load_retrieval(retrieval(), cluster)
+
+
+def test_missing_or_incomplete_label_tables_are_named(cluster: Cluster, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    for content, words in (
+        (b"file,class\na.png,port\n", "columns file and label"),
+        (b"file,label\na.png,port\nb.png\n", "line 3 lacks its file or label"),
+        (b"file,label\na.png,\xff\xfe\n", "not a CSV table in UTF-8"),
+    ):
+        table.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"labels\.csv: .*{words}"):
+            load_classification(classification(), cluster)
+    table.unlink()
+    with pytest.raises(ConfigError, match=r"labels\.csv: no such file; fix `folder` or `table`"):
+        load_classification(classification(), cluster)
+
+
+def test_pictures_that_a_table_names_in_vain_are_named(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ConfigError, match=r"/b\.png: no such file; .*captions\.json names it: fix `images` of r"):
+        load_retrieval(retrieval(), cluster)
+    with pytest.raises(ConfigError, match=r"/b\.png: no such file; .*labels\.csv names it"):
+        load_classification(classification(), cluster)
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(ConfigError, match=r"/b\.png: cannot be read"):
+        load_classification(classification(), cluster)
+
+
+def test_damaged_pictures_are_named_when_they_are_decoded(cluster: Cluster, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "b.jpg")
+    cut(tmp_path / "b.jpg")
+    (tmp_path / "labels.csv").write_text("file,label\na.png,port\nb.jpg,field\n")
+    data = load_classification(classification(), cluster)
+    pictures = squares(data.sources, data.images, 16)
+    assert next(pictures).shape == (16, 16, 3)
+    with pytest.raises(ConfigError, match=r"/b\.jpg: unreadable: .*replace it by the original"):
+        next(pictures)
+    with pytest.raises(ConfigError, match=r"/b\.jpg: unreadable: .*replace it by the original"):
+        list(masked_pictures(segmentation(images="b.jpg"), cluster))
+
+
+@pytest.mark.parametrize("name", ["mask.png", "mask.tif"])
+def test_missing_or_damaged_masks_are_named_with_their_picture(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    benchmark = segmentation(mask_replace={"a.png": name})
+    with pytest.raises(ConfigError, match=rf"{name}: no such file; it is the mask of .*a\.png: fix `mask_replace`"):
+        list(masked_pictures(benchmark, cluster))
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    assert len(list(masked_pictures(benchmark, cluster))) == 1
+    cut(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"{name}: .*it is the mask of .*a\.png"):
+        list(masked_pictures(benchmark, cluster))
+
+
+def test_a_damaged_geotiff_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(b"II*\x00 no raster")
+    with pytest.raises(ConfigError, match=r"a\.tif: unreadable: .*replace it by the original"):
+        list(masked_pictures(segmentation(images="a.tif"), cluster))

@@ -11,7 +11,7 @@ import pytest
 
 from rsplatform.config import ConfigError
 from rsplatform.index.filters import SearchFilter, parse_interval
-from rsplatform.index.store import ChipIndex, finish_index, index_schema, table_uri
+from rsplatform.index.store import TABLE_PATH, ChipIndex, finish_index, index_schema
 
 ROWS, WIDTH = 2000, 16
 HASH = "a" * 64
@@ -57,7 +57,7 @@ def rows() -> pa.Table:
 @pytest.fixture(scope="module")
 def index(rows: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> ChipIndex:
     uri = str(tmp_path_factory.mktemp("index"))
-    lance.write_dataset(rows, table_uri(uri))
+    lance.write_dataset(rows, f"{uri}/{TABLE_PATH}")
     meta = finish_index(uri, HASH)
     assert (meta.num_rows, meta.embedding_width, meta.search) == (ROWS, WIDTH, "exact")
     return ChipIndex(uri, HASH)
@@ -131,14 +131,14 @@ def test_hostile_strings_match_nothing(index: ChipIndex, text: str) -> None:
 
 
 def test_an_index_of_another_model_is_refused(index: ChipIndex, rows: pa.Table, tmp_path: Path) -> None:
-    lance.write_dataset(rows.slice(0, 10), table_uri(str(tmp_path)))
+    lance.write_dataset(rows.slice(0, 10), f"{tmp_path}/{TABLE_PATH}")
     finish_index(str(tmp_path), HASH)
     with pytest.raises(ConfigError, match="built with model"):
         ChipIndex(str(tmp_path), "b" * 64)
 
 
 def test_the_vector_index_finds_what_the_exact_search_finds(tmp_path: Path) -> None:
-    lance.write_dataset(make_rows(4000), table_uri(str(tmp_path)))
+    lance.write_dataset(make_rows(4000), f"{tmp_path}/{TABLE_PATH}")
     meta = finish_index(str(tmp_path), HASH, exact_below_rows=1000)
     assert meta.search == "ivf_pq"
     assert meta.recall_at_10 is not None and meta.recall_at_10 >= 0.9

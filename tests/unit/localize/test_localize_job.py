@@ -106,6 +106,13 @@ def test_views_are_turned_back_into_the_pictures_own_frame(cluster: Cluster) -> 
     assert maps_VBPHW.shape == (4, 1, 2, 8, 8)
 
 
+def test_views_are_made_where_the_model_is(cluster: Cluster) -> None:
+    elsewhere = Embedder.load(Path(cluster.root) / tiny_service.MODEL / "model", "meta")
+    images = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    maps_VBPHW = view_maps(elsewhere, images, torch.ones(2, elsewhere.embedding_width), 3)
+    assert maps_VBPHW.device.type == "meta" and maps_VBPHW.shape == (4, 1, 2, 8, 8)
+
+
 @pytest.fixture(scope="module")
 def course(cluster: Cluster) -> SelfTrainConfig:
     """Chips and a dataset of random pictures: the root holds no mask of any kind."""
@@ -149,6 +156,17 @@ def test_rounds_run_without_any_mask_and_stop_when_agreement_falls(cluster: Clus
     untaught = Embedder.load(Path(cluster.root) / tiny_service.MODEL / "model")
     assert (taught.model_hash != untaught.model_hash) == any(entry["kept"] for entry in history)
     assert not list(Path(cluster.root).rglob("*mask*.png"))
+
+
+def test_a_damaged_chip_is_named(cluster: Cluster, course: SelfTrainConfig) -> None:
+    table = f"{cluster.root}/chips/plain/v1/chips.lance"
+    rows = lance.dataset(table).to_table().to_pylist()
+    rows[7]["image"] = rows[7]["image"][:200]
+    lance.write_dataset(pa.Table.from_pylist(rows, schema=CHIP_SCHEMA), f"{cluster.root}/chips/cut/v1/chips.lance")
+    tiny_service.finish(cluster.root, "chips/cut/v1")
+    changes = {"output": "model/taught/v3", "chips": "chips/cut/v1"}
+    with pytest.raises(ConfigError, match=r"chips/cut/v1: the picture of chip 'chip-7' is unreadable: .*make"):
+        self_train(course.model_copy(update=changes), cluster)
 
 
 def test_self_training_is_deterministic(cluster: Cluster, course: SelfTrainConfig) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rsplatform.model.embedder import Embedder
+from rsplatform.model.embedder import Embedder, driver_device, granted_device
 from rsplatform.model.mammut import Mammut, mammut_config
 from rsplatform.model.preprocess import ImageError
 from rsplatform.model.tokenizer import Tokenizer
@@ -82,3 +82,23 @@ def test_a_loaded_embedder_is_the_same_with_the_same_hash(tmp_path):
     with torch.no_grad():
         loaded.model.log_logit_scale.add_(0.1)
     assert Embedder(loaded.model, loaded.tokenizer).model_hash != model.model_hash
+
+
+def test_only_a_grant_puts_an_actor_on_a_gpu_and_only_a_visible_gpu_a_driver():
+    assert [granted_device(num_gpus) for num_gpus in (0, 0.25, 1)] == ["cpu", "cuda", "cuda"]
+    assert driver_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_model_on_another_device_gets_its_inputs_there(tmp_path):
+    """Meta tensors refuse to meet those of the CPU, so what comes this far was moved; they hold no values to copy."""
+    model = embedder()
+    save_model(tmp_path, model.model, model.tokenizer)
+    elsewhere = Embedder.load(tmp_path, "meta")
+    assert elsewhere.device == torch.device("meta")
+    features = elsewhere.patch_features(torch.zeros(2, 32, 48, 3, dtype=torch.uint8))
+    assert features.values_BHWD.device.type == "meta" and features.values_BHWD.shape[:3] == (2, 4, 6)
+    assert elsewhere.head(features.values_BHWD).device.type == "meta"
+    with pytest.raises(NotImplementedError, match="copy out of meta"):
+        elsewhere.embed_images(pictures())
+    with pytest.raises(RuntimeError, match="device"):
+        elsewhere.head(torch.zeros(1, features.values_BHWD.shape[-1]))

@@ -1,4 +1,4 @@
-"""Pixels: safe decoding with reasons, square crops against resize-then-crop, normalisation."""
+"""Pixels: safe decoding with reasons, square crops against resize-then-crop."""
 
 import io
 import struct
@@ -6,10 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from rsplatform.model.preprocess import ImageError, decode_image, normalise, resize_crop
+from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
@@ -117,14 +116,3 @@ def test_resize_crop_averages_fine_detail_and_refuses_what_is_no_picture():
     for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="uint8"):
             resize_crop(bad, 8)
-
-
-def test_normalise_is_its_formula():
-    images_BHWC = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    result_BCHW = normalise(images_BHWC, mean, std)
-    for channel in range(3):
-        expected = (images_BHWC[..., channel].double() / 255 - mean[channel]) / std[channel]
-        torch.testing.assert_close(result_BCHW[:, channel].double(), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="uint8"):
-        normalise(images_BHWC.float(), mean, std)

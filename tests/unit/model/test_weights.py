@@ -38,7 +38,7 @@ def test_a_missing_or_damaged_file_is_named(saved, name):
     with pytest.raises(ValueError, match=name):
         load_model(folder)
     (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
+    with pytest.raises(WeightsError, match=name):
         load_model(folder)
 
 

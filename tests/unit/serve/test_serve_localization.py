@@ -2,10 +2,12 @@
 
 import io
 
+import bright_embedder
 import numpy as np
+import pytest
 from PIL import Image
 
-from rsplatform.serve.localization import find_peak, heatmap_png, regions_geojson, threshold
+from rsplatform.serve.localization import Localization, find_peak, heatmap_png, regions_geojson, threshold
 
 
 def blob(row: int, column: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
@@ -42,3 +44,20 @@ def test_regions_cover_the_cells_above_the_threshold() -> None:
         x, y = np.array(feature["geometry"]["coordinates"][0]).T
         cells += abs(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])) / 2
     assert round(cells) == int((scores >= threshold(scores)).sum())
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 161), (65, 145), (149, 64), (200, 83)])
+def test_the_peak_of_an_upload_that_is_no_square_lies_where_the_picture_is_bright(height: int, width: int) -> None:
+    """Twelve bright pixels near the far corner, where a grid larger than the picture would be off by most."""
+    row, column = height - 10.0, width - 10.0
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    spot_HW = np.where((rows - row) ** 2 + (columns - column) ** 2 <= 36, 255, 0).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(spot_HW).save(file, "PNG")
+    embedder = bright_embedder.bright_embedder()
+    bright_E = bright_embedder.bright_and_dark_texts()[1:].numpy()
+    (maps_CHW,) = Localization(embedder, window=1).maps([file.getvalue()], bright_E)
+    peak = find_peak(maps_CHW[0])
+    cells_high, cells_wide = maps_CHW.shape[1:]
+    assert abs(peak.row_fraction - row / height) <= 0.5 / cells_high + 1e-6
+    assert abs(peak.column_fraction - column / width) <= 0.5 / cells_wide + 1e-6

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 
 from rsplatform.config import ConfigError
@@ -21,6 +22,7 @@ from rsplatform.sources.scenes import (
     read_window,
     scene_from_json,
 )
+from rsplatform.sources.visit import Visit, describe_visit
 
 
 def write_tiff(path: Path, pixels_BHW: np.ndarray, **options: Any) -> Path:
@@ -94,7 +96,7 @@ def bad_files(folder: Path, noise_BHW: np.ndarray) -> dict[str, Path]:
         "text": folder / "text.tif",
         "no_crs": write_tiff(folder / "no_crs.tif", noise_BHW, crs=None),
         "too_few_bands": write_tiff(folder / "grey.tif", noise_BHW[:1]),
-        "no_data": write_tiff(folder / "blank.tif", np.zeros_like(noise_BHW), nodata=0),
+        "no_data": write_tiff(folder / "blank.tif", np.zeros(noise_BHW.shape, np.uint16), nodata=0),
     }
 
 
@@ -104,6 +106,72 @@ def test_files_that_are_no_scenes_say_why(tmp_path: Path, noise_BHW: np.ndarray)
             describe(path)
         assert error.value.reason == (name if name in {"no_crs", "too_few_bands", "no_data"} else "unreadable")
         assert path.name in error.value.detail
+
+
+class CountingDataset:
+    """A rasterio dataset that counts the pixels it is asked for, at the file's own resolution."""
+
+    def __init__(self, dataset: Any):
+        self.dataset, self.num_pixels = dataset, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+    def read(self, **options: Any) -> np.ndarray:
+        window = options.get("window")
+        self.num_pixels += window.width * window.height if window else self.dataset.width * self.dataset.height
+        return self.dataset.read(**options)
+
+
+def slope(size: int) -> np.ndarray:
+    """uint16 (3, size, size) whose values differ from place to place and from band to band."""
+    rows_HW, columns_HW = np.mgrid[:size, :size] / size
+    return np.stack([1000 + 9000 * rows_HW**2, 500 + 8000 * columns_HW, 3000 * rows_HW * columns_HW]).astype(np.uint16)
+
+
+def described_pixels(path: Path) -> tuple[Visit, int]:
+    with rasterio.open(path) as dataset:
+        counting = CountingDataset(dataset)
+        return describe_visit(counting, str(path), (1, 2, 3)), counting.num_pixels
+
+
+def test_an_8_bit_scene_is_described_by_its_header_alone(tmp_path: Path, noise_BHW: np.ndarray) -> None:
+    visit, num_pixels = described_pixels(write_tiff(tmp_path / "a.tif", noise_BHW, nodata=0))
+    assert (visit.stretch, visit.nodata, num_pixels) == (None, 0, 0)
+    blank = describe(write_tiff(tmp_path / "blank.tif", np.zeros_like(noise_BHW), nodata=0))
+    assert not read_window(open_pixels(blank), 0, 0, 50, 50).any(), "its chips are dropped one by one, as nodata"
+
+
+@pytest.mark.parametrize("layout", [{"tiled": True, "blockxsize": 128, "blockysize": 128}, {"blockysize": 4}])
+def test_a_stretch_from_few_blocks_is_close_to_that_of_all_pixels(tmp_path: Path, layout: dict[str, Any]) -> None:
+    pixels_BHW = slope(2304)
+    pixels_BHW[:, :, :1152] = 0  # a half without data takes no part
+    path = write_tiff(tmp_path / "large.tif", pixels_BHW, nodata=0, **layout)
+    visit, num_pixels = described_pixels(path)
+    assert visit.stretch and 0 < num_pixels <= 0.5 * 2304**2
+    assert described_pixels(path)[0] == visit, "always the same blocks"
+    expected_B2 = np.percentile(pixels_BHW[:, :, 1152:].reshape(3, -1), (2, 98), axis=1).T
+    spans_B = np.ptp(expected_B2, axis=1)
+    assert (np.abs(np.array(visit.stretch) - expected_B2) <= 0.08 * spans_B[:, None]).all(), "of a steep slope"
+
+
+def test_a_close_overview_is_taken_instead(tmp_path: Path) -> None:
+    pixels_BHW = slope(2304)
+    path = write_tiff(tmp_path / "large.tif", pixels_BHW, tiled=True, blockxsize=128, blockysize=128)
+    with rasterio.open(path, "r+") as target:
+        target.build_overviews([2, 4], Resampling.nearest)
+    visit, _ = described_pixels(path)
+    expected_B2 = np.percentile(pixels_BHW.reshape(3, -1), (2, 98), axis=1).T
+    assert visit.stretch and np.abs(np.array(visit.stretch) - expected_B2).max() <= 0.01 * 10_000
+
+
+def test_the_only_block_with_data_is_found(tmp_path: Path) -> None:
+    pixels_BHW = np.zeros((3, 2304, 2304), np.uint16)
+    pixels_BHW[:, -128:, -128:] = slope(128) + 1
+    path = write_tiff(tmp_path / "sparse.tif", pixels_BHW, nodata=0, tiled=True, blockxsize=128, blockysize=128)
+    visit, _ = described_pixels(path)
+    expected_B2 = np.percentile(pixels_BHW[:, -128:, -128:].reshape(3, -1), (2, 98), axis=1).T
+    assert visit.stretch and np.abs(np.array(visit.stretch) - expected_B2).max() <= 100
 
 
 def test_a_cut_file_opens_but_its_missing_blocks_are_errors(tmp_path: Path, noise_BHW: np.ndarray) -> None:

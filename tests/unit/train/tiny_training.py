@@ -10,7 +10,7 @@ from PIL import Image
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.model.mammut import Mammut, mammut_config
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.train.batch import Augmentation
+from rsplatform.train.augment import Augmentation
 from rsplatform.train.loader import Loader, LoaderConfig, Share
 
 IMAGE_SIZE, CONTEXT_LENGTH, BATCH_SIZE = 16, 16, 8

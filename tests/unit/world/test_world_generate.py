@@ -12,6 +12,8 @@ import rasterio
 import rasterio.features
 from pydantic import ValidationError
 
+from rsplatform.artifacts import Artifact
+from rsplatform.world.build import count_made
 from rsplatform.world.generate import WorldConfig, WorldError, make_world
 from rsplatform.world.palettes import CLASS_NAMES
 
@@ -33,6 +35,17 @@ def _digests(folder: Path) -> dict[str, str]:
 def test_bytes_depend_on_the_config_alone_not_on_the_workers(tiny_world: Path, tmp_path: Path) -> None:
     again = make_world(TINY, tmp_path / "again", num_workers=2)
     assert _digests(again) == _digests(tiny_world)
+
+
+def test_the_counts_of_its_artifact_are_read_back_from_the_files(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path), "world/tiny/v1")
+    config = TINY.model_copy(update={"num_web_pairs": 7, "num_train_pairs": 5, "num_val_scenes": 0})
+    folder = make_world(config, Path(artifact.uri), num_workers=1)
+    features = json.loads((folder / "landmarks.geojson").read_text())["features"]
+    expected = {"scenes": 2, "masks": 2, "landmarks": len(features), "web_pairs": 7, "web_train_pairs": 5}
+    assert count_made(artifact) == expected and features
+    (folder / "scenes/train_001.tif").unlink()
+    assert count_made(artifact) == expected | {"scenes": 1}
 
 
 def test_another_seed_gives_another_land(tiny_world: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from PIL import Image
 from rsplatform.world.alt_text import SUBJECTS, describe_overhead, make_alt_text
 from rsplatform.world.encoding import Envelope, draw_envelope, encode
 from rsplatform.world.ground_pictures import draw_ground_picture
-from rsplatform.world.web import make_pairs, plan_pairs
+from rsplatform.world.web import PairTask, make_pairs, plan_pairs
 
 LARGEST_SIZE_RULE_ACCURACY = 0.60
+SHOWN = ("overhead", "ground", "diagram")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,20 @@ def test_size_form_and_length_do_not_tell_overhead_pictures(pairs: list[dict]) -
         assert _best_rule_accuracy(column, truth_P) <= LARGEST_SIZE_RULE_ACCURACY
 
 
-def test_envelopes_are_drawn_without_the_picture() -> None:
-    first, second = (draw_envelope(np.random.default_rng(4), 0.1) for _ in range(2))
-    assert first == second
+@pytest.mark.parametrize("row", range(4))
+def test_envelopes_are_drawn_without_the_picture(row: int) -> None:
+    """Whatever a row shows, its file has the same size, format, camera data, length and address."""
+    tasks = [PairTask(3, "train_pairs", -1 if truth != "overhead" else 0, ((row, truth),)) for truth in SHOWN]
+    rows = [make_pairs(task)[0] for task in tasks]
+    first, *others = [(_outer_features(row), row["url"], row["id"]) for row in rows]
+    assert all(other == first for other in others)
+    assert len({row["image"] for row in rows}) == len(SHOWN), "the pictures themselves differ"
+
+
+def test_each_row_has_an_envelope_of_its_own() -> None:
+    drawn = {draw_envelope(np.random.default_rng(seed), 0.1) for seed in range(50)}
+    assert len(drawn) == 50
+    assert draw_envelope(np.random.default_rng(4), 0.1) == draw_envelope(np.random.default_rng(4), 0.1)
 
 
 def test_the_two_sets_share_no_picture(pairs: list[dict]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rsplatform.model.preprocess import ImageError
-from rsplatform.train.batch import Augmentation, augment, has_direction, pad_tokens, sample_rng, square_symmetry
+from rsplatform.train.augment import Augmentation, augment, has_direction, pad_tokens, sample_rng, square_symmetry
 from rsplatform.train.loader import Share
 from tests.unit.train.tiny_training import CONTEXT_LENGTH, IMAGE_SIZE, TinyStore, tiny_loader, tiny_tokenizer
 

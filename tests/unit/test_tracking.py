@@ -1,0 +1,70 @@
+"""MLflow away or silent: metrics wait in order, other writes warn, and a job loses little time over it."""
+
+import logging
+import pickle
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from rsplatform import tracking
+from rsplatform.tracking import Run, TrackingError
+
+
+@pytest.fixture
+def silent() -> Iterator[Run]:
+    """A run at a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield Run(f"http://127.0.0.1:{listener.getsockname()[1]}", "a" * 32)
+
+
+@pytest.fixture(autouse=True)
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Our own warnings; those of the HTTP library are silenced on the command line."""
+    records = [record for record in caplog.records if record.levelno == logging.WARNING]
+    return [record.getMessage() for record in records if record.name.startswith("rsplatform")]
+
+
+def test_a_silent_server_is_asked_seldom_and_warned_of_once(silent: Run, caplog: pytest.LogCaptureFixture) -> None:
+    silent.log_metrics({"loss": 3.0}, 1)
+    started = time.monotonic()
+    for step in range(2, 200):
+        silent.log_metrics({"loss": 1.0}, step)
+    assert time.monotonic() - started < 1  # one more question would take a second
+    assert [row[3] for row in silent.outbox.rows] == list(range(1, 200))
+    told = ours(caplog)
+    assert len(told) == 1 and silent.uri in told[0] and "later" in told[0]
+    silent.flush()
+    assert "199 metrics of steps 1 to 199" in caplog.text
+
+
+def test_writes_to_an_absent_server_warn_and_reads_raise(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run("http://127.0.0.1:9", "a" * 32)
+    run.set_tags({"best": "3"})
+    run.log_document({"a": 1}, "report.json")
+    run.log_text("a", "summary.txt")
+    run.end("FINISHED")
+    told = ours(caplog)
+    for text, word in zip(told, ("tags best", "report.json", "summary.txt", "the end (FINISHED)"), strict=True):
+        assert text.startswith(word) and "not recorded" in text and "127.0.0.1:9" in text
+    with pytest.raises(TrackingError, match="does not answer"):
+        run.latest_metrics()
+
+
+def test_a_broken_database_of_our_own_is_an_error(root: str) -> None:
+    run = tracking.start_run(root, "pipeline", "a run", {}, tags={})
+    run.log_metrics({"loss": 1.0}, 1)
+    assert not run.outbox.rows
+    with pytest.raises(Exception, match="not found"):
+        Run(run.uri, "b" * 32).log_metrics({"loss": 1.0}, 1)
+
+
+def test_what_waits_travels_with_the_run(silent: Run) -> None:
+    silent.log_metrics({"loss": 3.0}, 1)
+    assert pickle.loads(pickle.dumps(silent)).outbox.rows == silent.outbox.rows
