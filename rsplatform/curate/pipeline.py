@@ -32,8 +32,6 @@ PARTS = "work/parts"
 DROP_FIELDS = [pa.field("drop_reason", pa.string()), pa.field("drop_detail", pa.string())]
 # Which shard a row belongs to and how many rows that shard has: the writer checks that the block is the whole shard.
 SHARD_COLUMN, SHARD_ROWS_COLUMN = "_shard", "_shard_rows"
-# Retries of a task whose worker or node died. Errors of our own code are not retried: they would fail again.
-MAX_TASK_RETRIES = 10
 
 Shard = dict[str, Any]
 TableOperation = Callable[[pa.Table], pa.Table]
@@ -166,11 +164,8 @@ def _check_cpus(pipeline: Pipeline, cluster: Cluster) -> None:
 
 def _run_on_ray(pipeline: Pipeline, shards: Sequence[Shard], cluster: Cluster) -> None:
     placement = cluster.data
-    task: dict[str, Any] = {
-        "num_cpus": 1,
-        "memory": placement.memory_per_task_gb * 2**30,
-        "ray_remote_args_fn": lambda: {"max_retries": MAX_TASK_RETRIES},
-    }
+    # Ray runs a task again, up to three times, if its worker or node died; an error of our own code ends the job
+    task: dict[str, Any] = {"num_cpus": 1, "memory": placement.memory_per_task_gb * 2**30}
     rows = [{"shard": json.dumps(shard)} for shard in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     # batch_size=None hands over a whole block; no operator below merges or splits blocks
