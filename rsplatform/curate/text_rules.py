@@ -62,6 +62,10 @@ class TextRejected(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
+    def __reduce__(self) -> tuple[type["TextRejected"], tuple[str, str]]:
+        """Pickled with both parts: it crosses from Ray's workers to the driver."""
+        return type(self), (self.reason, self.detail)
+
 
 def clean_text(text: str | None) -> str:
     """The text as a caption: entities resolved, white space joined.

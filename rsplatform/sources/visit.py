@@ -28,6 +28,10 @@ class SceneError(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
+    def __reduce__(self) -> tuple[type["SceneError"], tuple[str, str]]:
+        """Pickled with both parts: it crosses from Ray's workers to the driver."""
+        return type(self), (self.reason, self.detail)
+
 
 @dataclass(frozen=True)
 class Visit:
