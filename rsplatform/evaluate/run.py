@@ -139,16 +139,15 @@ def segmentation(
     maps_of = partial(_maps, embedder, texts_CE, (benchmark.model_ground_sample_distance_m, window - 1))
     for picture in track(masked_pictures(benchmark, cluster), description=benchmark.name, transient=True):
         names.append((picture.name, content(picture.image_HWC.tobytes()), content(picture.mask_HW.tobytes())))
-        labels = {
-            method: decide(maps_of(picture, size), class_of_prompt, picture.mask_HW.shape)
-            for method, size in (("raw", 1), ("smooth", window))
-        }
+        maps = {"raw": maps_of(picture, 1), "smooth": maps_of(picture, window)}
+        shape = picture.mask_HW.shape
+        labels = {method: decide(maps_PHW, class_of_prompt, shape) for method, maps_PHW in maps.items()}
         for method, matrix in matrices.items():
             matrix.update(labels[method], picture.mask_HW)
         if len(names) <= 4:
             figure = figures.label_overlays(picture.image_HWC, picture.mask_HW, labels, benchmark.classes)
             stage.run.log_picture(figure, f"{benchmark.name}/{picture.name}.png")
-            _log_heatmap(stage, benchmark, picture, maps_of(picture, window))
+            _log_heatmap(stage, benchmark, picture, maps["smooth"])
     result: dict[str, Any] = {
         "num_images": len(names),
         "pin": pin([names, benchmark.model_dump(exclude={"folder"}), window]),

@@ -25,7 +25,7 @@ CLIP_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # our name of a linear map or norm inside a block <- its name in the layout
-_BLOCK_PARTS = {
+BLOCK_PARTS = {
     "ln_1": "norm_attention",
     "attn.out_proj": "attention.out",
     "ln_2": "norm_mlp",
@@ -171,8 +171,8 @@ def tensors_of_layout(tensors: dict[str, Tensor], config: MammutConfig) -> dict[
     positions_ND = take("visual.positional_embedding")
     grid = math.isqrt(len(positions_ND) - 1)
     ours = {
-        # the class token's own position is part of it: both are only ever added
-        "vision.class_token_D": take("visual.class_embedding") + positions_ND[0],
+        "vision.class_token_D": take("visual.class_embedding"),
+        "vision.class_position_D": positions_ND[0],
         "vision.position_HWD": positions_ND[1:].unflatten(0, (grid, -1)),
         "vision.patch_embedding.weight": take("visual.conv1.weight").flatten(1),
         "vision.projection.weight": take("visual.proj").T,
@@ -204,7 +204,7 @@ def _take_block(tensors: dict[str, Tensor], theirs: str, ours: str) -> dict[str,
         f"{ours}.attention.qkv.weight": tensors.pop(f"{theirs}.attn.in_proj_weight"),
         f"{ours}.attention.qkv.bias": tensors.pop(f"{theirs}.attn.in_proj_bias"),
     }
-    for their_part, our_part in _BLOCK_PARTS.items():
+    for their_part, our_part in BLOCK_PARTS.items():
         if f"{theirs}.{their_part}.weight" in tensors:
             taken |= _take_affine(tensors, f"{theirs}.{their_part}", f"{ours}.{our_part}")
     return taken
@@ -218,7 +218,7 @@ def _take_cross_block(tensors: dict[str, Tensor], theirs: str, ours: str) -> dic
         width = len(packed) // 3
         taken[f"{ours}.attention.query.{kind}"] = packed[:width]
         taken[f"{ours}.attention.key_value.{kind}"] = packed[width:]
-    parts = _BLOCK_PARTS | {"ln_1": "norm_text", "ln_1_kv": "norm_image"}
+    parts = BLOCK_PARTS | {"ln_1": "norm_text", "ln_1_kv": "norm_image"}
     for their_part, our_part in parts.items():
         taken |= _take_affine(tensors, f"{theirs}.{their_part}", f"{ours}.{our_part}")
     return taken

@@ -107,8 +107,9 @@ class VisionEncoder(nn.Module):
         width, grid = config.width, config.image_size // config.patch_size
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
         self.position_HWD = nn.Parameter(torch.empty(grid, grid, width))
-        # the class token carries its own position
         self.class_token_D = nn.Parameter(torch.empty(width)) if config.class_token else None
+        # only ever added to the class token; apart so that a checkpoint of others goes out as it came in
+        self.class_position_D = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.norm_input = nn.LayerNorm(width) if config.input_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             EncoderBlock(width, config.num_heads, config.mlp_width) for _ in range(config.num_layers)
@@ -125,8 +126,9 @@ class VisionEncoder(nn.Module):
         nn.init.normal_(self.patch_embedding.weight, std=self.patch_embedding.in_features**-0.5)
         nn.init.normal_(self.position_HWD, std=scale)
         nn.init.normal_(self.projection.weight, std=scale)
-        if self.class_token_D is not None:
-            nn.init.normal_(self.class_token_D, std=scale)
+        for parameter in (self.class_token_D, self.class_position_D):
+            if parameter is not None:
+                nn.init.normal_(parameter, std=scale)
         if self.pool is not None:
             initialise_blocks(self.pool, self.config.width, 1)
             nn.init.normal_(self.pool.query_Kd, std=scale)
@@ -138,8 +140,9 @@ class VisionEncoder(nn.Module):
         tokens_BND = (patches_BHWD + self._positions(patches_BHWD)).flatten(1, 2)
         if self.training and self.config.patch_dropout > 0:
             tokens_BND = drop_patches(tokens_BND, self.config.patch_dropout)
-        if self.class_token_D is not None:
-            class_B1D = self.class_token_D.to(tokens_BND.dtype).expand(len(tokens_BND), 1, -1)
+        if self.class_token_D is not None and self.class_position_D is not None:
+            class_D = (self.class_token_D + self.class_position_D).to(tokens_BND.dtype)
+            class_B1D = class_D.expand(len(tokens_BND), 1, -1)
             tokens_BND = torch.cat([class_B1D, tokens_BND], dim=1)
         tokens_BND = self.norm_input(tokens_BND)
         for block in self.blocks:

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.openmammut import load_openmammut
+from rsplatform.model.mammut import Mammut, mammut_config
+from rsplatform.model.openmammut_export import save_openmammut, tensors_to_layout
 from rsplatform.model.weights import WeightsError
 
 FILES = ["openmammut_with_mlp.safetensors", "openmammut_without_mlp.safetensors"]
@@ -46,6 +48,27 @@ def test_it_reproduces_the_original_outputs(conformance):
     for name, result in results.items():
         torch.testing.assert_close(result, io[name], atol=1e-4, rtol=0, msg=name)
     assert model.config == config and config.text.pooling == "mean_all"
+
+
+def test_what_came_in_goes_out_bit_equal(conformance, tmp_path):
+    model, config = load_openmammut(conformance)
+    _, weights, _ = parts(conformance)
+    exported = tensors_to_layout(model)
+    assert exported.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert exported[name].shape == tensor.shape and torch.equal(exported[name], tensor), name
+    save_openmammut(tmp_path / "out" / "model.safetensors", model)
+    again, config_again = load_openmammut(tmp_path / "out" / "model.safetensors")
+    assert config_again == config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_an_architecture_that_the_layout_cannot_hold_is_refused(tmp_path):
+    ours = Mammut(mammut_config("mini", image_size=32, patch_size=8, vocab_size=64))
+    with pytest.raises(WeightsError, match=r"cannot hold (vision|text)\.\w+"):
+        save_openmammut(tmp_path / "model.safetensors", ours)
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()

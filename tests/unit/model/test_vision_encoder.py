@@ -28,8 +28,9 @@ def plain_tokens(model: VisionEncoder, images_BCHW: torch.Tensor) -> torch.Tenso
     kernel = model.patch_embedding.weight.view(config.width, 3, config.patch_size, config.patch_size)
     patches = F.conv2d(images_BCHW, kernel, stride=config.patch_size).flatten(2).transpose(1, 2)
     tokens = patches + model.position_HWD.flatten(0, 1)
-    if model.class_token_D is not None:
-        tokens = torch.cat([model.class_token_D.expand(len(tokens), 1, -1), tokens], 1)
+    if model.class_token_D is not None and model.class_position_D is not None:
+        first = model.class_token_D + model.class_position_D
+        tokens = torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)
     tokens = model.norm_input(tokens)
     for block in cast(Any, model.blocks):
         normed = block.norm_attention(tokens).transpose(0, 1)
