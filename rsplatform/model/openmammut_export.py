@@ -70,7 +70,7 @@ def layout_config(config: MammutConfig) -> dict[str, dict[str, Any]]:
             )
     if config.embedding_width != text.width:
         raise WeightsError(
-            f"the openMaMMUT layout cannot hold embedding_width {config.embedding_width}: it is text.width, {text.width}"
+            f"the openMaMMUT layout cannot hold embedding_width {config.embedding_width} beside text.width {text.width}"
         )
     return layout
 

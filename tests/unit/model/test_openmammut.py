@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rsplatform.model.losses import LossConfig, mammut_loss
-from rsplatform.model.openmammut import load_openmammut
 from rsplatform.model.mammut import Mammut, mammut_config
+from rsplatform.model.openmammut import load_openmammut
 from rsplatform.model.openmammut_export import save_openmammut, tensors_to_layout
 from rsplatform.model.weights import WeightsError
 
