@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H W pixels, T tokens.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -70,6 +71,8 @@ class FsdpEngine:
         root = fully_shard(model, mesh=mesh)
         assert isinstance(root, FSDPModule)
         self._root = root
+        # it warns of outputs that are views: changed in place they would lose their hook; our losses change nothing
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for method in _INFERENCE:
             register_fsdp_forward_method(model, method)
         self._optimizer = build_optimizer(model, config)
