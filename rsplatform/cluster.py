@@ -29,8 +29,9 @@ class TrainPlacement(Config):
     """
 
     launcher: Literal["ray", "local"] = "ray"  # local: one worker in this process, for debugging
-    engine: Literal["plain", "deepspeed"] = "plain"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    engine: Literal["plain", "deepspeed", "fsdp"] = "plain"
+    zero_stage: Literal[0, 1, 2, 3] = 1  # deepspeed
+    shard_size: int | None = Field(default=None, ge=1)  # fsdp: workers that share one copy of the model; None: all
     num_workers: int = Field(default=1, ge=1)
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)

@@ -69,6 +69,11 @@ class DeepSpeedEngine:
         self._make_moments()
 
     @property
+    def keeps_model_whole(self) -> bool:
+        """Whether `model` can be run and read outside of `forward`."""
+        return self._zero_stage < 3
+
+    @property
     def model(self) -> Mammut:
         """The module; under stage 3 its parameters are shards outside of `forward`."""
         return self._model

@@ -1,8 +1,8 @@
 """The protocol between the training loop and what runs the model, and its plain implementation.
 
 An engine holds the model and its optimizer: forward, backward, one step, and the full state as named tensors.
-`PlainEngine` runs one process, or several that average their gradients by all_reduce. Its state and that of
-DeepSpeedEngine have the same names, so a checkpoint of one resumes under the other and at any world size.
+`PlainEngine` runs one process, or several that average their gradients by all_reduce. Its state and those of
+DeepSpeedEngine and FsdpEngine have the same names: a checkpoint of one resumes under another, at any world size.
 Shapes: B batch, C channels, H W pixels, T tokens, K values, N numbers.
 """
 
@@ -27,6 +27,9 @@ class Engine(Protocol):
     """What the loop needs. Every method but `model` is called by all processes together."""
 
     gather: FeatureGather | None
+
+    @property
+    def keeps_model_whole(self) -> bool: ...
 
     @property
     def model(self) -> Mammut: ...
@@ -61,6 +64,8 @@ def gather_of_default_group() -> FeatureGather | None:
 
 class PlainEngine:
     """One copy of the model per process. `gather` None: this process alone."""
+
+    keeps_model_whole = True
 
     def __init__(self, model: Mammut, config: OptimizerConfig, gather: FeatureGather | None = None) -> None:
         self.gather = gather

@@ -66,7 +66,7 @@ class Hooks:
     """What the loop calls: `report(metrics, step)`, `save(tensors, progress)`, `validate() -> metrics`.
 
     `auxiliary_loss(model, step) -> (loss, detached parts)` is added to MaMMUT's loss (self-training's patch loss);
-    it runs the module itself, so it is for engines that keep it whole.
+    it runs the module itself, so it is only for engines that keep it whole.
 
     Each is called on every process (state and validation are collective); write on rank 0 only.
     """
@@ -116,7 +116,9 @@ def fit(
 
     Raises:
         TrainingDivergedError: the loss or the gradient norm is not finite.
+        ValueError: an auxiliary loss or a moving average on an engine that shards the weights.
     """
+    _check_engine(engine, config, hooks)
     averaged = AveragedWeights(engine.model, config.ema_decay) if config.ema_decay else None
     progress = _restore(engine, averaged, resume) if resume else Progress()
     world_size = engine.gather.world_size if engine.gather else 1
@@ -149,6 +151,16 @@ def fit(
                 hooks.save(full_state(engine, averaged), progress)
                 last_save_s = elapsed_s
     return progress
+
+
+def _check_engine(engine: Engine, config: LoopConfig, hooks: Hooks) -> None:
+    if engine.keeps_model_whole:
+        return
+    name = type(engine).__name__
+    if hooks.auxiliary_loss:
+        raise ValueError(f"an auxiliary loss runs the module itself, which {name} shards: use PlainEngine")
+    if config.ema_decay:
+        raise ValueError(f"ema_decay averages whole weights, which {name} shards: use the plain engine or no EMA")
 
 
 def full_state(engine: Engine, averaged: AveragedWeights | None) -> dict[str, Tensor]:

@@ -160,13 +160,18 @@ def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
         model = model.to("cuda")
     if job.placement.engine == "plain":
         return PlainEngine(model, job.config.optimizer, gather_of_default_group())
-    # imported here: DeepSpeed takes seconds to import, which plain runs should not pay
+    if job.config.ema_decay is not None and (job.placement.engine == "fsdp" or job.placement.zero_stage == 3):
+        raise RecipeMismatchError(
+            "ema_decay averages whole weights, which fsdp and ZeRO stage 3 shard; "
+            "use the plain engine, deepspeed with zero_stage 2, or no EMA"
+        )
+    # imported here: both take a while to import (DeepSpeed seconds), which plain runs should not pay
+    if job.placement.engine == "fsdp":
+        from rsplatform.train.fsdp import FsdpEngine
+
+        return FsdpEngine(model, job.config.optimizer, shard_size=job.placement.shard_size)
     from rsplatform.train.deepspeed import DeepSpeedEngine
 
-    if job.config.ema_decay is not None and job.placement.zero_stage == 3:
-        raise RecipeMismatchError(
-            "ema_decay averages whole weights, which ZeRO stage 3 shards; use zero_stage 2 or no EMA"
-        )
     return DeepSpeedEngine(
         model,
         job.config.optimizer,
@@ -197,7 +202,7 @@ def _validation(
 
 @contextlib.contextmanager
 def _process_group(placement: TrainPlacement) -> Iterator[None]:
-    """Ray Train makes the group of its workers; DeepSpeed alone in this process needs one of its own."""
+    """Ray Train makes the group of its workers; DeepSpeed or FSDP alone in this process needs one of its own."""
     if dist.is_initialized() or placement.engine == "plain":
         yield
         return

@@ -1,0 +1,149 @@
+"""The Engine that shards with torch alone: FSDP2 (`fully_shard`) behind the same calls as PlainEngine.
+
+In: a model, our optimizer config and how many processes share one copy of it. Weights, gradients and moments are
+shards outside of a block's forward and backward. Its state is the whole model by parameter name, so a checkpoint
+resumes under any engine and world size. What is given up: sharded checkpoints (a whole state has to fit each
+process's host), and under bfloat16 autocast the bfloat16 copies of the weights stay until the backward pass.
+Shapes: B batch, C channels, H W pixels, T tokens.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rsplatform.model.gather import FeatureGather
+from rsplatform.model.mammut import Mammut, MammutOutput
+from rsplatform.train.engine import FIRST_MOMENT, MODEL, NUM_STEPS, SECOND_MOMENT, gather_of_default_group
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizer
+
+_MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+# Entries of the model beside `forward`: each collects the root's shards first, on all processes together.
+_INFERENCE = ("encode_image", "encode_text", "image_tokens", "caption_logits", "patch_features", "head")
+
+
+def shard_mesh(device_type: str, shard_size: int | None) -> DeviceMesh:
+    """All processes in one row, or copies of the model (rows) that `shard_size` neighbours share each (HSDP).
+
+    Raises:
+        ValueError: the processes do not divide into rows of `shard_size`.
+    """
+    world_size = dist.get_world_size()
+    if shard_size is None or shard_size == world_size:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    if shard_size < 1 or world_size % shard_size:
+        raise ValueError(
+            f"train.shard_size {shard_size} does not divide the {world_size} workers: "
+            "choose a divisor of train.num_workers, or leave it out to shard over all"
+        )
+    sides = (world_size // shard_size, shard_size)
+    return init_device_mesh(device_type, sides, mesh_dim_names=("replicate", "shard"))
+
+
+class FsdpEngine:
+    """One process's shards. Needs a running process group, also for one process; all start from equal weights.
+
+    Each block is a unit that is collected for its own forward and backward only; what is outside the blocks
+    (embeddings, positions, pooling, the logit scale) belongs to the root unit, which stays for the whole step.
+
+    Raises:
+        RuntimeError: no process group.
+        ValueError: a `shard_size` that does not divide the number of processes.
+    """
+
+    keeps_model_whole = False
+
+    def __init__(self, model: Mammut, config: OptimizerConfig, *, shard_size: int | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("FsdpEngine needs torch.distributed.init_process_group before it")
+        self.gather: FeatureGather | None = gather_of_default_group()
+        self._model = model
+        self._config = config
+        mesh = shard_mesh(model.log_logit_scale.device.type, shard_size)
+        for block in (*model.vision.blocks, *model.text.blocks, *model.text.cross_blocks):
+            fully_shard(block, mesh=mesh)
+        root = fully_shard(model, mesh=mesh)
+        assert isinstance(root, FSDPModule)
+        self._root = root
+        # it warns of outputs that are views: changed in place they would lose their hook; our losses change nothing
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for method in _INFERENCE:
+            register_fsdp_forward_method(model, method)
+        self._optimizer = build_optimizer(model, config)
+
+    @property
+    def model(self) -> Mammut:
+        """The module; its parameters are shards outside of `forward` and the methods for inference."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._model.log_logit_scale.device
+
+    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
+        """Both passes; each block's shards are collected as it goes."""
+        return self._model(images_BCHW, tokens_BT)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the own shards, averaged over processes while they are made."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and update the own shards; returns the norm of the whole gradient before clipping.
+
+        A norm that is not finite: no update.
+        """
+        parameters = self._shards().values()
+        norm = float(_whole(nn.utils.clip_grad_norm_(parameters, self._config.gradient_clip)))
+        if math.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and moments by parameter name, whole and in every process's host memory; PlainEngine's names."""
+        tensors, num_steps = {}, torch.zeros(())
+        for name, parameter in self._shards().items():
+            tensors[MODEL + name] = _whole(parameter.detach()).cpu()
+            moments = self._optimizer.state.get(parameter)
+            if moments:
+                for prefix, key in _MOMENTS.items():
+                    tensors[prefix + name] = _whole(moments[key]).cpu()
+                num_steps = _whole(moments["step"]).cpu()
+        return tensors | {NUM_STEPS: num_steps.clone()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Cut the own shards out of a whole state of any engine; KeyError if it is the state of another model."""
+        for name, parameter in self._shards().items():
+            parameter.copy_(_cut_like(parameter, tensors[MODEL + name]))
+            if FIRST_MOMENT + name in tensors:
+                moments: dict[str, Tensor] = {"step": tensors[NUM_STEPS].clone().to(self.device)}
+                for prefix, key in _MOMENTS.items():
+                    moments[key] = torch.zeros_like(parameter).copy_(_cut_like(parameter, tensors[prefix + name]))
+                self._optimizer.state[parameter] = moments
+
+    def _shards(self) -> dict[str, nn.Parameter]:
+        """The sharded parameters. After a forward without backward (validation) the root is still collected."""
+        self._root.reshard()
+        return dict(self._model.named_parameters())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor that the processes hold shards or partial norms of; a collective call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_like(shard: Tensor, whole: Tensor) -> Tensor:
+    """This process's part of `whole`, placed as `shard` is; every process has the whole, so nothing is sent."""
+    assert isinstance(shard, DTensor)
+    return distribute_tensor(whole.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None)
