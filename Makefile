@@ -12,7 +12,7 @@ export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 
 help:
 	@echo "make demo    the whole chain over the built-in world, about 10 minutes on 2 cores"
-	@echo "make test    all tests      make unit   those without Ray (< 60 s)      make lint   ruff and pyright"
+	@echo "make test    all tests      make unit   those without Ray      make lint   ruff and pyright"
 	@echo "make serve   search and map page over the demo's index      make mlflow   what every job recorded"
 	@echo "make real    the same chain over real data (RSPLATFORM_TEST_DATA=/your/data)"
 	@echo "make bench   the measured claims      make clean   remove $(VENV) and caches; artifacts stay"
