@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from reference_mammut import SHAPES, ReferenceMammut, ReferenceShape, ReferenceStep
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
@@ -116,8 +117,8 @@ def compare(name: str, lengths: list[int], repeats: int) -> None:
 def hold_to_conformance(folder: Path) -> None:
     """Print how far the restated reference is from the outputs that the original implementation gave."""
     for path in sorted(folder.glob("openmammut_*.safetensors")):
+        tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             layout = json.loads((file.metadata() or {})["config"])
         vision, text = layout["vision"], layout["text"]
         heads = vision["heads"] if "heads" in vision else vision["width"] // vision["head_width"]
