@@ -212,13 +212,12 @@ def drop_repeats(artifact: Artifact, max_text_repeats: int) -> list[Drop]:
 
 def _keep_pictures(artifact: Artifact, table: lance.LanceDataset, row_ids: list[int], drops: list[Drop]) -> None:
     """Set some pictures aside before their rows are deleted."""
-    shown = spread(len(row_ids))
-    wanted = ", ".join(str(row_ids[index]) for index in shown)
-    if shown:
-        images = table.to_table(columns=["image"], filter=f"_rowid IN ({wanted})")
-        keep_dropped_pictures(
-            artifact, "repeats", images.append_column("drop_reason", pa.array([drops[index].reason for index in shown]))
-        )
+    reason_of = {row_ids[index]: drops[index].reason for index in spread(len(row_ids))}
+    if reason_of:
+        chosen = f"_rowid IN ({', '.join(map(str, reason_of))})"
+        images = table.to_table(columns=["image"], filter=chosen, with_row_id=True)
+        reasons = pa.array([reason_of[row_id] for row_id in images["_rowid"].to_pylist()], pa.string())
+        keep_dropped_pictures(artifact, "repeats", images.append_column("drop_reason", reasons))
 
 
 def _open(artifact: Artifact) -> lance.LanceDataset:

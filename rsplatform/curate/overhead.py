@@ -13,7 +13,7 @@ from pydantic import Field
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, StageConfig
+from rsplatform.config import Config, ConfigError, StageConfig
 from rsplatform.curate.contact_sheet import log_contact_sheets
 from rsplatform.curate.overhead_model import (
     BASE_SIZE_PX,
@@ -150,7 +150,7 @@ def load_labelled(sources: list[LabelledSource], cluster: Cluster) -> LabelledPi
             images.append(candidate.image)
     labels_N = np.array(labels, dtype=bool)
     if labels_N.all() or not labels_N.any():
-        raise ValueError(f"{len(labels)} pictures of one class only; give overhead pictures and others")
+        raise ConfigError(f"{len(labels)} pictures of one class only; give overhead pictures and others")
     return LabelledPictures(np.stack(bases), np.stack(crops), labels_N, hashes, images, drops)
 
 

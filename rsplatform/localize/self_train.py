@@ -122,7 +122,7 @@ def _pictures(config: SelfTrainConfig, cluster: Cluster, image_size: int) -> Pic
     table = open_table(cluster.root, config.chips)
     rows = np.flatnonzero(np.array(table.to_table(columns=["split"])["split"].to_pylist()) == "train")
     if len(rows) < 20:
-        raise ValueError(f"{config.chips} has {len(rows)} chips in split train; self-training needs at least 20")
+        raise ConfigError(f"{config.chips} has {len(rows)} chips in split train; self-training needs at least 20")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), config.max_chips)).astype(int)]
     chips = table.take(rows.tolist(), columns=["id", "image"]).to_pylist()
     squares = [_square(config.chips, chip, image_size) for chip in chips]
