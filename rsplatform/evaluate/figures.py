@@ -1,7 +1,6 @@
 """Pictures of results for MLflow: recall against chance, bars by class, label maps beside masks; makes no numbers."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +14,9 @@ from rsplatform.evaluate.benchmarks import MaskClass
 CLASS_COLOURS = [
     "#d9d9d9", "#e6ab02", "#1f78b4", "#525252", "#e31a1c", "#6a3d9a", "#ff7f00", "#17becf", "#1b7837", "#a65628",
 ]  # fmt: skip
+
+
+LONGEST_SIDE_PX = 640  # of one panel; more takes seconds to draw and is not seen
 
 
 def recall_plot(recalls: Mapping[str, float], chance: Mapping[str, float], title: str) -> Figure:
@@ -41,10 +43,11 @@ def bars(values: Mapping[str, float], title: str) -> Figure:
 
 
 def label_overlays(
-    image_HWC: np.ndarray, mask_HW: np.ndarray, labels: Mapping[str, np.ndarray], classes: list[MaskClass]
+    image_HWC: np.ndarray, mask_HW: np.ndarray, labels: dict[str, np.ndarray], classes: list[MaskClass]
 ) -> Figure:
-    """The picture, its mask and each method's labels side by side, with one legend."""
-    panels: dict[str, Any] = {"picture": image_HWC, "mask": mask_HW, **labels}
+    """The picture, its mask and each method's labels side by side, thinned, with one legend."""
+    step = max(1, -(-max(mask_HW.shape) // LONGEST_SIDE_PX))
+    panels = {name: panel[::step, ::step] for name, panel in ({"picture": image_HWC, "mask": mask_HW} | labels).items()}
     figure = Figure(figsize=(3.2 * len(panels), 3.8), layout="constrained")
     colours = ListedColormap([CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(len(classes))])
     for axes, (name, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

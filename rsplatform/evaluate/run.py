@@ -5,7 +5,6 @@ by the same code. Raw and smooth localization share head, upsampling and decisio
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
@@ -136,10 +135,11 @@ def segmentation(
     texts_CE = torch.from_numpy(embedder.embed_texts(prompts))
     matrices = {method: ConfusionMatrix(len(benchmark.classes)) for method in ("raw", "smooth")}
     names = []
-    maps_of = partial(_maps, embedder, texts_CE, (benchmark.model_ground_sample_distance_m, window - 1))
     for picture in track(masked_pictures(benchmark, cluster), description=benchmark.name, transient=True):
         names.append((picture.name, content(picture.image_HWC.tobytes()), content(picture.mask_HW.tobytes())))
-        maps = {"raw": maps_of(picture, 1), "smooth": maps_of(picture, window)}
+        scale = picture.ground_sample_distance_m / benchmark.model_ground_sample_distance_m
+        both = picture_maps(embedder, picture.image_HWC, texts_CE, scale=scale, window=window, narrower=[1])
+        maps = {"raw": both[len(prompts) :], "smooth": both[: len(prompts)]}
         shape = picture.mask_HW.shape
         labels = {method: decide(maps_PHW, class_of_prompt, shape) for method, maps_PHW in maps.items()}
         for method, matrix in matrices.items():
@@ -169,12 +169,3 @@ def _log_heatmap(stage: Stage, benchmark: Segmentation, picture: MaskedPicture, 
     best = first + int(maps_PHW[first:].flatten(1).amax(dim=1).argmax())
     figure = figures.heat_overlay(picture.image_HWC, maps_PHW[best].numpy(), prompts[best][1])
     stage.run.log_picture(figure, f"{benchmark.name}/{picture.name}_{prompts[best][0]}_heat.png")
-
-
-def _maps(
-    embedder: Embedder, texts_CE: torch.Tensor, scale: tuple[float, int], picture: MaskedPicture, window: int
-) -> torch.Tensor:
-    """Maps at the model's scale; raw and smooth share tiles and blending, because blending steadies a map as well."""
-    model_gsd_m, edge_patches = scale
-    factor = picture.ground_sample_distance_m / model_gsd_m
-    return picture_maps(embedder, picture.image_HWC, texts_CE, scale=factor, window=window, edge_patches=edge_patches)

@@ -3,6 +3,8 @@
 The whole-scene path (scene.py) does the work; this is the short way in for evaluation, serving and tests.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -20,13 +22,13 @@ def picture_maps(
     *,
     scale: float = 1.0,
     window: int = 3,
-    edge_patches: int = 0,
+    narrower: Sequence[int] = (),
 ) -> torch.Tensor:
     """maps_CHW of uint8 (H, W, 3) pixels resampled by `scale` (picture GSD / model GSD), on a grid of patches.
 
     Each side is resampled to the nearest whole number of patches, so that the grid covers exactly the picture and a
-    cell's place in the map is its place in the picture. Tiles are `tiling`'s; window 1 gives raw patch maps, to be
-    compared with the same `edge_patches` only. Both are our defaults.
+    cell's place in the map is its place in the picture. Tiles are `tiling`'s. Both are our defaults. The maps of
+    `narrower` windows (1: raw patch maps) follow along C, comparable because they share patches and tiles.
     """
     patch = embedder.patch_size
     height, width = (max(1, round(side * scale / patch)) * patch for side in image_HWC.shape[:2])
@@ -38,7 +40,7 @@ def picture_maps(
         return image_HWC[row : row + height, column : column + width]
 
     scene = SceneReader(image_HWC.shape[0], image_HWC.shape[1], read_window)
-    strips = score_strips(scene, encoder(embedder), texts_CE, tiling(embedder, window, edge_patches))
+    strips = score_strips(scene, encoder(embedder), texts_CE, tiling(embedder, window), narrower)
     return torch.cat([strip.maps_CHW for strip in strips], dim=1)
 
 
@@ -47,15 +49,15 @@ def encoder(embedder: Embedder) -> PatchEncoder:
     return PatchEncoder(embedder.patch_features, embedder.head, embedder.patch_size)
 
 
-def tiling(embedder: Embedder, window: int, edge_patches: int = 0) -> Tiling:
+def tiling(embedder: Embedder, window: int) -> Tiling:
     """Tiles of the model's own picture size, overlapping by half, and larger only where the window needs it.
 
     A small ViT does not carry over well to larger grids, so a tile grows (positions are interpolated) only if less
     than half of the model's own side would be left of it between the dropped edges. Our default.
     """
     native_patches = embedder.image_size // embedder.patch_size
-    edge_patches = max(edge_patches, window - 1)
-    tile_patches = max(native_patches, 2 * edge_patches + max(1, native_patches // 2))
-    overlap_patches = max(tile_patches // 2, 2 * edge_patches)
+    dropped_patches = window - 1
+    tile_patches = max(native_patches, 2 * dropped_patches + max(1, native_patches // 2))
+    overlap_patches = max(tile_patches // 2, 2 * dropped_patches)
     batch_tiles = max(1, BATCH_TILES * native_patches**2 // tile_patches**2)  # larger tiles need no more memory
-    return Tiling(tile_patches, overlap_patches, window, batch_tiles, edge_patches)
+    return Tiling(tile_patches, overlap_patches, window, batch_tiles)

@@ -5,7 +5,7 @@ so memory holds one row of tiles whatever the scene's height. It opens no files 
 Shapes: B batch, HxW pixels or patches (a patch is a cell of the score map), C texts, D width, E embedding.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,20 +61,18 @@ class Tiling:
     """Tiles of `tile_patches` squared sharing `overlap_patches` with each neighbour; window 1 gives raw maps.
 
     A patch's smooth score depends on patches up to window - 1 cells away, so that many cells along a tile's
-    inner edges are dropped (`edge_patches`, if more should be), and tiles are blended linearly over what is left of
-    the overlap. Maps of two windows are comparable only with the same `edge_patches`: blending steadies a map too.
+    inner edges are dropped, and tiles are blended linearly over what is left of the overlap.
     """
 
     tile_patches: int = 16
     overlap_patches: int = 6
     window: int = 3
     batch_tiles: int = 4
-    edge_patches: int = 0
 
     @property
     def dropped_patches(self) -> int:
         """Cells along each inner edge of a tile that are not used."""
-        return max(self.window - 1, self.edge_patches)
+        return self.window - 1
 
     def __post_init__(self) -> None:
         """Raises ValueError if tiles leave gaps between the cells they keep."""
@@ -95,8 +93,17 @@ class Strip:
     maps_CHW: torch.Tensor
 
 
-def score_strips(scene: SceneReader, encoder: PatchEncoder, texts_CE: torch.Tensor, tiling: Tiling) -> Iterator[Strip]:
+def score_strips(
+    scene: SceneReader,
+    encoder: PatchEncoder,
+    texts_CE: torch.Tensor,
+    tiling: Tiling,
+    narrower: Sequence[int] = (),
+) -> Iterator[Strip]:
     """Smooth attention over the scene, one score per patch of the grid anchored at the scene's first pixel.
+
+    The maps of `narrower` windows follow those of `tiling.window` along C. They are made from the same patches of
+    the same tiles with the same blending, which steadies a map as well: only so are windows comparable.
 
     Where the scene ends inside a tile or a patch, its reflection completes the picture that the encoder sees,
     but takes no part in the pooling. The same holds for missing patches (under half of the pixels valid),
@@ -106,15 +113,18 @@ def score_strips(scene: SceneReader, encoder: PatchEncoder, texts_CE: torch.Tens
     patch = encoder.patch_size_px
     if min(scene.height_px, scene.width_px, patch) < 1:
         raise ValueError(f"a scene needs pixels, got {scene.height_px} x {scene.width_px} in patches of {patch}")
+    if any(window > tiling.window for window in narrower):
+        raise ValueError(f"windows {list(narrower)} must not be wider than the tiling's {tiling.window}")
+    windows = (tiling.window, *narrower)
     rows, columns = (-(-length // patch) for length in (scene.height_px, scene.width_px))
     row_starts, column_starts = _tile_starts(rows, tiling), _tile_starts(columns, tiling)
     weights_HW = torch.zeros(min(tiling.tile_patches, rows), columns)
-    sums_CHW = torch.zeros(len(texts_CE), *weights_HW.shape)
+    sums_CHW = torch.zeros(len(windows) * len(texts_CE), *weights_HW.shape)
     for row, next_row in zip(row_starts, [*row_starts[1:], rows], strict=True):
         for first in range(0, len(column_starts), tiling.batch_tiles):
             starts = column_starts[first : first + tiling.batch_tiles]
-            corners = [(row, column) for column in starts]
-            maps_BCHW, valid_BHW = _score_tiles(scene, encoder, texts_CE, tiling, corners)
+            tiles = list(_read_tiles(scene, row, starts, tiling, patch))
+            maps_BCHW, valid_BHW = _score_tiles(tiles, encoder, texts_CE, windows)
             for column, maps_CHW, valid_HW in zip(starts, maps_BCHW, valid_BHW, strict=True):
                 tile_HW = torch.outer(_ramp(row, rows, tiling), _ramp(column, columns, tiling)) * valid_HW
                 inside = slice(column, column + tile_HW.shape[1])
@@ -164,19 +174,14 @@ def _ramp(start: int, length: int, tiling: Tiling) -> torch.Tensor:
 
 
 def _score_tiles(
-    scene: SceneReader,
-    encoder: PatchEncoder,
-    texts_CE: torch.Tensor,
-    tiling: Tiling,
-    corners: list[tuple[int, int]],
+    tiles: list[tuple[np.ndarray, np.ndarray]], encoder: PatchEncoder, texts_CE: torch.Tensor, windows: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps (B, C, H, W) and valid patches (B, H, W) of the tiles' part of the scene, on the CPU."""
-    tiles = [_read_tile(scene, row, column, tiling, encoder.patch_size_px) for row, column in corners]
+    """Maps (B, windows x C, H, W) and valid patches (B, H, W) of the tiles' part of the scene, on the CPU."""
     valid_BHW = torch.from_numpy(np.stack([valid for _, valid in tiles]))
     if not valid_BHW.any():
-        return torch.zeros(len(tiles), len(texts_CE), *valid_BHW.shape[1:]), valid_BHW
+        return torch.zeros(len(tiles), len(windows) * len(texts_CE), *valid_BHW.shape[1:]), valid_BHW
     features = encoder.patch_features(torch.from_numpy(np.stack([image for image, _ in tiles])))
-    grid = (len(tiles), tiling.tile_patches, tiling.tile_patches)
+    grid = (len(tiles), *(side // encoder.patch_size_px for side in tiles[0][0].shape[:2]))
     if features.values_BHWD.shape[:3] != grid:
         raise ValueError(f"encoder gave values {tuple(features.values_BHWD.shape)} for patches {grid}")
     # Patches of the reflection are cut off, so that no window is centred beyond the scene either.
@@ -186,30 +191,41 @@ def _score_tiles(
         scores_BKHW = torch.zeros(grid, device=values_BHWD.device).unsqueeze(1)
     missing_B1HW = ~valid_BHW.unsqueeze(1).to(values_BHWD.device)
     masked_BKHW = scores_BKHW[:, :, :height, :width].float().masked_fill(missing_B1HW, MISSING_SCORE)
-    maps_BCHW = smooth_attention(
-        values_BHWD,
-        texts_CE.to(values_BHWD.device),
-        head=encoder.head,
-        scores_BHW=masked_BKHW,
-        window=tiling.window,
-    )
-    return maps_BCHW.detach().float().cpu(), valid_BHW
+    texts_CE = texts_CE.to(values_BHWD.device)
+    maps = [
+        smooth_attention(values_BHWD, texts_CE, head=encoder.head, scores_BHW=masked_BKHW, window=window)
+        for window in windows
+    ]
+    return torch.cat(maps, dim=1).detach().float().cpu(), valid_BHW
 
 
-def _read_tile(scene: SceneReader, row: int, column: int, tiling: Tiling, patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """A whole tile (pixels, valid patches), reflected beyond the scene; missing pixels get the mean colour."""
-    size = tiling.tile_patches
-    top, left = row * patch, column * patch
-    height, width = min(size * patch, scene.height_px - top), min(size * patch, scene.width_px - left)
+def _read_tiles(
+    scene: SceneReader, row: int, columns: Sequence[int], tiling: Tiling, patch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Whole tiles (pixels, valid patches) of a row, read at one go: overlapping reads of a file cost more than a model.
+
+    Memory holds the pixels of `columns` only, so `tiling.batch_tiles` bounds it, whatever the scene's width.
+    """
+    size = tiling.tile_patches * patch
+    top, left = row * patch, columns[0] * patch
+    height, width = min(size, scene.height_px - top), min(columns[-1] * patch + size, scene.width_px) - left
     image_HWC = scene.read_window(top, left, height, width)
     if image_HWC.shape != (height, width, 3) or image_HWC.dtype != np.uint8:
         raise ValueError(f"scene gave {image_HWC.dtype} {image_HWC.shape} for uint8 ({height}, {width}, 3)")
     valid_HW = np.ones((height, width), dtype=bool)
     if scene.read_valid is not None:
         valid_HW = scene.read_valid(top, left, height, width)
-        if valid_HW.any() and not valid_HW.all():
-            mean_colour = image_HWC[valid_HW].mean(axis=0).round().astype(np.uint8)
-            image_HWC = np.where(valid_HW[:, :, None], image_HWC, mean_colour)
+    for column in columns:
+        tile = slice(column * patch - left, column * patch - left + size)
+        yield _complete_tile(image_HWC[:, tile], valid_HW[:, tile], tiling.tile_patches, patch)
+
+
+def _complete_tile(image_HWC: np.ndarray, valid_HW: np.ndarray, size: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A tile of `size` patches squared, reflected beyond the scene; missing pixels get the mean colour."""
+    height, width = valid_HW.shape
+    if valid_HW.any() and not valid_HW.all():
+        mean_colour = image_HWC[valid_HW].mean(axis=0).round().astype(np.uint8)
+        image_HWC = np.where(valid_HW[:, :, None], image_HWC, mean_colour)
     beyond = ((0, size * patch - height), (0, size * patch - width))
     image_HWC = np.pad(image_HWC, (*beyond, (0, 0)), mode="reflect")
     valid_share_HW = np.pad(valid_HW, beyond, mode="reflect").reshape(size, patch, size, patch).mean(axis=(1, 3))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rsplatform.model.frozen_config import ConfigKeyError, config_from_mapping, unknown_key_message
 from rsplatform.model.text_decoder import TextConfig, TextDecoder
+from rsplatform.model.transformer import fill_normal
 from rsplatform.model.vision_encoder import PatchFeatures, VisionConfig, VisionEncoder
 
 MAX_LOG_LOGIT_SCALE = math.log(100.0)
@@ -136,7 +137,7 @@ class Mammut(nn.Module):
         self.vision = VisionEncoder(config.vision, config.embedding_width)
         self.text = TextDecoder(config.text, config.embedding_width)
         self.image_to_text = nn.Linear(config.vision.width, config.text.width, bias=False)
-        nn.init.normal_(self.image_to_text.weight, std=config.vision.width**-0.5)
+        fill_normal(self.image_to_text.weight, std=config.vision.width**-0.5)
         # one number, but not a scalar: FSDP2 refuses to shard 0-dimensional parameters
         self.log_logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOG_LOGIT_SCALE))
 

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsplatform.model.transformer import CrossAttention, Mlp, SelfAttention, TokenLayout, initialise_blocks
+from rsplatform.model.transformer import (
+    CrossAttention,
+    Mlp,
+    SelfAttention,
+    TokenLayout,
+    fill_normal,
+    initialise_blocks,
+)
 from rsplatform.model.vocabulary_loss import PAD_ID, vocabulary_loss
 
 
@@ -124,12 +131,12 @@ class TextDecoder(nn.Module):
         depth = self.config.num_layers + len(self.cross_blocks)
         initialise_blocks(self.blocks, self.config.width, depth)
         initialise_blocks(self.cross_blocks, self.config.width, depth)
-        nn.init.normal_(self.token_embedding_VD, std=0.02)
-        nn.init.normal_(self.position_TD, std=0.01)
+        fill_normal(self.token_embedding_VD, std=0.02)
+        fill_normal(self.position_TD, std=0.01)
         if self.projection is not None:
-            nn.init.normal_(self.projection.weight, std=self.config.width**-0.5)
+            fill_normal(self.projection.weight, std=self.config.width**-0.5)
         if self.vocabulary_VD is not None:
-            nn.init.normal_(self.vocabulary_VD, std=self.config.width**-0.5)
+            fill_normal(self.vocabulary_VD, std=self.config.width**-0.5)
 
     @property
     def vocabulary_weight_VD(self) -> Tensor:

@@ -79,6 +79,12 @@ class EncoderBlock(nn.Module):
         return features_BTD + self.mlp(self.norm_mlp(features_BTD))
 
 
+def fill_normal(tensor: Tensor, std: float) -> None:
+    """Normal numbers in place; nothing on the meta device, where torch would import its compiler first (3 s)."""
+    if not tensor.is_meta:
+        nn.init.normal_(tensor, std=std)
+
+
 def initialise_blocks(module: nn.Module, width: int, num_layers: int) -> None:
     """Scaled normal initialisation, as CLIP's: what writes to the residual stream shrinks with its depth."""
     input_std = width**-0.5
@@ -90,7 +96,7 @@ def initialise_blocks(module: nn.Module, width: int, num_layers: int) -> None:
         std = residual_std if writes_residual else input_std
         if name.endswith("expand"):
             std = (2 * width) ** -0.5
-        nn.init.normal_(layer.weight, std=std)
+        fill_normal(layer.weight, std=std)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsplatform.model.positions import cropped_positions, interpolate_positions
-from rsplatform.model.transformer import EncoderBlock, Mlp, initialise_blocks
+from rsplatform.model.transformer import EncoderBlock, Mlp, fill_normal, initialise_blocks
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,16 @@ class VisionEncoder(nn.Module):
     def _initialise(self) -> None:
         scale = self.config.width**-0.5
         initialise_blocks(self.blocks, self.config.width, self.config.num_layers)
-        nn.init.normal_(self.patch_embedding.weight, std=self.patch_embedding.in_features**-0.5)
-        nn.init.normal_(self.position_HWD, std=scale)
-        nn.init.normal_(self.projection.weight, std=scale)
+        fill_normal(self.patch_embedding.weight, std=self.patch_embedding.in_features**-0.5)
+        fill_normal(self.position_HWD, std=scale)
+        fill_normal(self.projection.weight, std=scale)
         for parameter in (self.class_token_D, self.class_position_D):
             if parameter is not None:
-                nn.init.normal_(parameter, std=scale)
+                fill_normal(parameter, std=scale)
         if self.pool is not None:
             initialise_blocks(self.pool, self.config.width, 1)
-            nn.init.normal_(self.pool.query_Kd, std=scale)
-            nn.init.normal_(self.pool.key_KdD, std=scale)
+            fill_normal(self.pool.query_Kd, std=scale)
+            fill_normal(self.pool.key_KdD, std=scale)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Tokens (B, N, D), class token first if there is one, before the last norm: what cross-attention reads."""

@@ -180,6 +180,7 @@ def _run_trials(config: TuneConfig, cluster: Cluster, jobs: list[WorkerJob], wai
             mode="min",
             scheduler=scheduler,
             max_concurrent_trials=cluster.tune.max_concurrent_trials,
+            reuse_actors=True,  # a process takes longer to start than a small trial to run
         ),
         run_config=RunConfig(name="sweep", storage_path=path, storage_filesystem=system, verbose=1),
     )

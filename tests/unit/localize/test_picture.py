@@ -12,6 +12,7 @@ from rsplatform.localize.picture import BATCH_TILES, picture_maps, tiling
 from rsplatform.localize.run import LocalizeConfig
 from rsplatform.localize.scene import Tiling
 from rsplatform.localize.self_train import SelfTrainConfig
+from rsplatform.localize.smooth_attention import smooth_attention
 from rsplatform.localize.window import MAX_WINDOW
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.mammut import Mammut, mammut_config
@@ -29,10 +30,9 @@ def tiny(native_patches: int, patch_size: int = 8) -> Embedder:
 
 @pytest.mark.parametrize("native_patches", [1, 2, 4, 8, 14])
 @pytest.mark.parametrize("window", [1, 3, 5, 7, MAX_WINDOW])
-@pytest.mark.parametrize("edge_patches", [0, 3])
-def test_tiles_fit_every_model_and_window(native_patches: int, window: int, edge_patches: int) -> None:
-    found = tiling(tiny(native_patches), window, edge_patches)
-    assert found.tile_patches >= native_patches and found.dropped_patches == max(window - 1, edge_patches)
+def test_tiles_fit_every_model_and_window(native_patches: int, window: int) -> None:
+    found = tiling(tiny(native_patches), window)
+    assert found.tile_patches >= native_patches and found.dropped_patches == window - 1
     # what is kept of a tile between its dropped edges is never less than half of the model's own side
     assert found.tile_patches - 2 * found.dropped_patches >= max(1, native_patches // 2)
     assert 1 <= found.batch_tiles <= BATCH_TILES
@@ -40,8 +40,8 @@ def test_tiles_fit_every_model_and_window(native_patches: int, window: int, edge
 
 
 def test_the_tiles_of_the_demo_model_stay_as_they_were() -> None:
-    assert tiling(tiny(8), 3) == Tiling(8, 4, 3, batch_tiles=32, edge_patches=2)
-    assert tiling(tiny(14), 3) == Tiling(14, 7, 3, batch_tiles=32, edge_patches=2)
+    assert tiling(tiny(8), 3) == Tiling(8, 4, 3, batch_tiles=32)
+    assert tiling(tiny(14), 3) == Tiling(14, 7, 3, batch_tiles=32)
 
 
 @pytest.mark.parametrize(("native_patches", "patch_size", "window"), [(4, 16, 3), (8, 8, 5)])
@@ -51,6 +51,26 @@ def test_models_with_few_patches_are_tiled_too(native_patches: int, patch_size: 
     texts_CE = torch.from_numpy(embedder.embed_texts(["a field", "water"]))
     maps_CHW = picture_maps(embedder, image, texts_CE, window=window)
     assert maps_CHW.shape == (2, 12, 15) and maps_CHW.isfinite().all() and maps_CHW.abs().max() <= 1 + 1e-5
+
+
+def test_narrower_windows_share_the_patches_of_the_wide_one() -> None:
+    """Each map is what smooth attention gives in one tile, and the picture is encoded once for all windows."""
+    embedder = tiny(8)
+    side = tiling(embedder, 5).tile_patches * embedder.patch_size
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    texts_CE = torch.from_numpy(embedder.embed_texts(["a field", "water"]))
+    features = embedder.patch_features(torch.from_numpy(image)[None])
+    encoded, plain = [], embedder.patch_features
+    embedder.patch_features = lambda images_BHWC: encoded.append(len(images_BHWC)) or plain(images_BHWC)
+    maps_CHW = picture_maps(embedder, image, texts_CE, window=5, narrower=[1, 3])
+    assert encoded == [1]
+    for first, window in ((0, 5), (2, 1), (4, 3)):
+        expected = smooth_attention(
+            features.values_BHWD, texts_CE, head=embedder.head, scores_BHW=features.scores_BKHW, window=window
+        )
+        torch.testing.assert_close(maps_CHW[first : first + 2], expected[0], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="not be wider"):
+        picture_maps(embedder, image, texts_CE, window=3, narrower=[5])
 
 
 def test_tiles_meet_the_model_where_it_is() -> None:
