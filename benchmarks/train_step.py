@@ -1,7 +1,8 @@
 """Images per second of a whole training step, ours against the open reproduction's, paired in one run.
 
 In: nothing (random pictures; caption lengths are full, or those of RSICD's train split if its JSON is given). Out: per
-size a check that both compute the same loss from the same weights, then images/s of both and the median ratio.
+size a check that both compute the same loss from the same weights, then images/s of both and the median ratio, once
+against the reference as Python starts it and once with the memory setting that our training processes have.
 The reference (reference_mammut.py) is the published step restated; with --conformance it is first held to the
 outputs of the original implementation. Needs torch and Pillow, no Ray.
 Run: `python benchmarks/train_step.py` or `python benchmarks/train_step.py --captions …/dataset_rsicd.json`
@@ -9,9 +10,11 @@ Run: `python benchmarks/train_step.py` or `python benchmarks/train_step.py --cap
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -24,6 +27,7 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
 from rsplatform.model.openmammut import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, config_of_layout, tensors_of_layout
 from rsplatform.model.weights import model_from_tensors
+from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import PlainEngine
 from rsplatform.train.optimizer import OptimizerConfig
@@ -86,32 +90,92 @@ def trimmed(batch: Batch) -> Batch:
     return Batch(batch.images_BHWC, batch.tokens_BT[:, :width], batch.sample_ids)
 
 
-def compare(name: str, lengths: list[int], repeats: int) -> None:
-    """Print images/s of both and the median of the paired ratios."""
-    shape = SHAPES[name]
-    torch.manual_seed(0)
-    reference = ReferenceMammut(shape)
+class Side:
+    """One implementation in a process of its own, so that neither lives in the heap that the other left behind."""
+
+    def __init__(self, body: Callable[..., None], *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=body, args=(other, *arguments), daemon=True)
+        self.process.start()
+        other.close()
+        self.loss: float = self.pipe.recv()
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        self.pipe.send("step")
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.send("end")
+        self.process.join()
+
+
+def serve(pipe: Connection, step: Callable[[], float], loss: float) -> None:
+    """Say the first loss, then make a step and say its seconds whenever asked."""
+    step()
+    pipe.send(loss)
+    while pipe.recv() == "step":
+        started = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - started)
+
+
+def run_ours(pipe: Connection, name: str, lengths: list[int], threads: int) -> None:
+    """Our loop's step, in a process that keeps its freed memory as our training processes do."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    shape, reference, batch = parts_of(name, lengths)
     is_full = min(lengths) == shape.context_length
-    batch = make_batch(shape, lengths, torch.Generator().manual_seed(1))
-    images_BCHW = normalise(batch.images_BHWC, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)
-    same = our_step(our_model(shape, reference, skips_pads=False))(batch)
-    theirs, ours = ReferenceStep(reference), our_step(our_model(shape, reference, skips_pads=not is_full))
-    first = theirs(images_BCHW, batch.tokens_BT)
-    assert abs(first - same) < 1e-3, f"{name}: the losses differ: {first} and {same}; the comparison would be unfair"
-    our_batch = batch if is_full else trimmed(batch)
-    ours(our_batch)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for index, step in enumerate((lambda: ours(our_batch), lambda: theirs(images_BCHW, batch.tokens_BT))):
-            started = time.perf_counter()
-            step()
-            seconds[index].append(time.perf_counter() - started)
-    ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-    pace = [len(lengths) / statistics.median(taken) for taken in seconds]
-    kind = "full captions" if is_full else f"captions of {min(lengths)}–{max(lengths)} tokens"
-    print(
-        f"{name}, {kind}: ours {pace[0]:.2f}, reference {pace[1]:.2f} images/s, ratio {ratio:.2f} ×  (loss {first:.4f})"
+    loss = our_step(our_model(shape, reference, skips_pads=False))(batch)
+    step, our_batch = (
+        our_step(our_model(shape, reference, skips_pads=not is_full)),
+        batch if is_full else trimmed(batch),
     )
+    serve(pipe, lambda: step(our_batch), loss)
+
+
+def run_reference(pipe: Connection, name: str, lengths: list[int], threads: int, keeps_memory: bool) -> None:
+    """The reference's step, in a process as Python starts it or with our memory setting."""
+    torch.set_num_threads(threads)
+    if keeps_memory:
+        keep_freed_memory()
+    _, reference, batch = parts_of(name, lengths)
+    images_BCHW = normalise(batch.images_BHWC, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)
+    step = ReferenceStep(reference)
+    loss = step(images_BCHW, batch.tokens_BT)
+    serve(pipe, lambda: step(images_BCHW, batch.tokens_BT), loss)
+
+
+def parts_of(name: str, lengths: list[int]) -> tuple[ReferenceShape, ReferenceMammut, Batch]:
+    """The same shape, seeded weights and batch in every process."""
+    torch.manual_seed(0)
+    reference = ReferenceMammut(SHAPES[name])
+    return SHAPES[name], reference, make_batch(SHAPES[name], lengths, torch.Generator().manual_seed(1))
+
+
+def compare(name: str, lengths: list[int], repeats: int, threads: int) -> None:
+    """Print images/s of all and the median of the paired ratios: steps are taken in turn."""
+    sides = {
+        "ours": Side(run_ours, name, lengths, threads),
+        "reference": Side(run_reference, name, lengths, threads, False),
+        "reference with our memory setting": Side(run_reference, name, lengths, threads, True),
+    }
+    losses = [side.loss for side in sides.values()]
+    assert max(losses) - min(losses) < 1e-3, f"{name}: the losses differ: {losses}; the comparison would be unfair"
+    seconds = {title: [] for title in sides}
+    for _ in range(repeats):
+        for title, side in sides.items():
+            seconds[title].append(side.step())
+    for side in sides.values():
+        side.close()
+    is_full = min(lengths) == SHAPES[name].context_length
+    print(f"{name}, {'full captions' if is_full else f'captions of {min(lengths)}–{max(lengths)} tokens'}:")
+    for title, taken in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], taken, strict=True))
+        pace = len(lengths) / statistics.median(taken)
+        print(f"  {pace:5.2f} images/s  {title}" + ("" if title == "ours" else f": ours is {ratio:.2f} × as fast"))
 
 
 def hold_to_conformance(folder: Path) -> None:
@@ -153,15 +217,15 @@ def main() -> None:
         "--conformance", type=Path, help="folder of openmammut_*.safetensors with outputs of the original"
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     print(f"float32, batch {arguments.batch_size}, {arguments.threads} threads, torch {torch.__version__}")
     if arguments.conformance:
         hold_to_conformance(arguments.conformance)
     for name in arguments.sizes:
         context = SHAPES[name].context_length
-        compare(name, [context] * arguments.batch_size, arguments.repeats)
+        compare(name, [context] * arguments.batch_size, arguments.repeats, arguments.threads)
         if arguments.captions:
-            compare(name, rsicd_lengths(arguments.captions, arguments.batch_size, context), arguments.repeats)
+            lengths = rsicd_lengths(arguments.captions, arguments.batch_size, context)
+            compare(name, lengths, arguments.repeats, arguments.threads)
 
 
 if __name__ == "__main__":

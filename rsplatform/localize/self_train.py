@@ -32,6 +32,7 @@ from rsplatform.model.normalise import normalise
 from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
 from rsplatform.model.weights import save_model
 from rsplatform.stage import Stage, finished, open_stage
+from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.batch import Batch
 from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.engine import PlainEngine
@@ -99,6 +100,7 @@ def self_train(config: SelfTrainConfig, cluster: Cluster) -> Artifact:
     done = finished(config, cluster)
     if done:
         return done
+    keep_freed_memory()
     with open_stage(config, cluster) as stage:
         folder = storage.local_folder(open_artifact(cluster.root, config.model).path("model"))
         teacher = Embedder.load(folder, driver_device())

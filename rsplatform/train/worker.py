@@ -22,6 +22,7 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.tracking import Run
+from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import NO_AUGMENTATION
 from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.curriculum import RecipeMismatchError
@@ -76,6 +77,8 @@ def run_worker(job: WorkerJob) -> Progress:
         TrainingDivergedError: the loss or the gradient is not finite.
     """
     torch.set_num_threads(max(1, round(job.placement.cpus_per_worker)))
+    if job.placement.launcher == "local":  # Ray's workers start with it
+        keep_freed_memory()
     with _process_group(job.placement):
         gather = gather_of_default_group()
         share = Share(gather.rank, gather.world_size) if gather else Share()

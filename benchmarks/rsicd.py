@@ -1,0 +1,181 @@
+"""Text→image retrieval on RSICD val after a small budget of training from scratch on RSICD train, over seeds.
+
+In: RSICD as its users download it (RSICD_images/ and dataset_rsicd.json). Out: one JSON a run, and a table: recall
+both ways with all captions of the val split, ties counted against, mean and spread over the seeds. The variants
+ask MaMMUT's question (arXiv 2303.16839): joint, contrastive only, captioning only, at equal steps. A run that was
+stopped goes on from its checkpoint; a finished one is not repeated. Needs torch, Pillow and simplejpeg; no Ray.
+Run: `python benchmarks/rsicd.py …/rsicd --out results --seeds 0 1 2 --variants joint contrastive generative`
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rsplatform.dataset.sampler import GlobalSampler
+from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
+from rsplatform.model.embedder import Embedder
+from rsplatform.model.losses import LossConfig
+from rsplatform.model.mammut import Mammut, mammut_config
+from rsplatform.model.tokenizer import Tokenizer
+from rsplatform.train.augment import Augmentation
+from rsplatform.train.checkpoint import CheckpointFolder
+from rsplatform.train.engine import PlainEngine
+from rsplatform.train.loader import Loader, LoaderConfig
+from rsplatform.train.optimizer import OptimizerConfig, Schedule
+from rsplatform.train.pretrain import Hooks, LoopConfig, fit
+
+WEIGHTS = {"joint": (1.0, 1.0), "contrastive": (1.0, 0.0), "generative": (0.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run's numbers, all our defaults; `samples` and `minutes` bound it, whichever comes first."""
+
+    samples: int = 86_000
+    minutes: float = 15.0
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup_steps: int = 60
+    weight_decay: float = 0.2
+    min_crop_area: float = 0.6
+    patch_dropout: float = 0.5
+    vocab_size: int = 2048
+    pooling: str = "map"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    caption_weight: float = 1.0
+    size: str = "tiny"
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """A picture's bytes and name."""
+
+    id: str
+    image: bytes
+
+
+class Split:
+    """One split of RSICD in memory: the loader's source of samples."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        entries = json.loads((folder / "dataset_rsicd.json").read_text())["images"]
+        chosen = [entry for entry in entries if entry["split"] == split]
+        self.ids = [entry["filename"] for entry in chosen]
+        self._captions = [[sentence["raw"].strip() for sentence in entry["sentences"]] for entry in chosen]
+        self._images = [(folder / "RSICD_images" / name).read_bytes() for name in self.ids]
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a picture, repeats included."""
+        return self._captions[index]
+
+    def read(self, indices: Sequence[int]) -> list[EncodedPicture]:
+        """Encoded pictures by index."""
+        return [EncodedPicture(self.ids[index], self._images[index]) for index in indices]
+
+    def all_captions(self) -> list[str]:
+        """Every caption of the split."""
+        return [caption for captions in self._captions for caption in captions]
+
+
+def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings: Settings, folder: Path) -> Embedder:
+    """One model from scratch, or on from its newest checkpoint below `folder`."""
+    torch.manual_seed(seed)
+    sizes = {
+        "image_size": 64,
+        "patch_size": 8,
+        "vocab_size": settings.vocab_size,
+        "patch_dropout": settings.patch_dropout,
+    }
+    model = Mammut(mammut_config(settings.size, vision_pooling=settings.pooling, **sizes))
+    num_steps = settings.samples // settings.batch_size
+    schedule = Schedule(settings.learning_rate, settings.warmup_steps)
+    sampler = GlobalSampler(len(split.ids), settings.batch_size, seed)
+    augmentation = Augmentation(symmetries=True, min_crop_area=settings.min_crop_area)
+    loader = Loader(
+        split,
+        tokenizer,
+        sampler.batch,
+        LoaderConfig(64, model.config.text.context_length, seed, augmentation, cache_gb=1.0, decode_threads=1),
+    )
+    contrastive_weight, caption_weight = WEIGHTS[variant]
+    loss = LossConfig(contrastive_weight=contrastive_weight, caption_weight=caption_weight * settings.caption_weight)
+    loop = LoopConfig(
+        num_steps,
+        seed,
+        loss,
+        settings.precision,
+        max_minutes=settings.minutes,
+        checkpoint_every_minutes=2.0,
+        report_every_steps=20,
+    )
+    checkpoints = CheckpointFolder(str(folder))
+    engine = PlainEngine(model, OptimizerConfig(weight_decay=settings.weight_decay))
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("contrastive", "caption", "samples_per_s"))
+        print(f"{variant} {seed}: step {step}/{num_steps}  {shown}", flush=True)
+
+    progress = fit(
+        engine,
+        loader.batches,
+        lambda step: schedule.at(step, num_steps),
+        loop,
+        Hooks(report, checkpoints.save),
+        checkpoints.latest(),
+    )
+    samples, minutes = progress.step * settings.batch_size, progress.elapsed_s / 60
+    print(f"{variant} {seed}: {samples:,} samples in {minutes:.1f} min {progress.stopped}")
+    return Embedder(model.eval(), tokenizer)
+
+
+def evaluate(embedder: Embedder, split: Split) -> dict[str, float]:
+    """Recall in per cent both ways, every caption a query; ties count against."""
+    images_IE = embedder.embed_images([picture.image for picture in split.read(range(len(split.ids)))])
+    owners = [index for index in range(len(split.ids)) for _ in split.captions(index)]
+    return recall_at_k(images_IE, embedder.embed_texts(split.all_captions()), owners)
+
+
+def main() -> None:
+    """Parse, run what is not finished, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rsicd", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", default=["joint"], choices=list(WEIGHTS))
+    parser.add_argument("--threads", type=int, default=2)
+    for name, value in asdict(Settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    settings = replace(Settings(), **{name: getattr(arguments, name) for name in asdict(Settings())})
+    train_split, val_split = Split(arguments.rsicd, "train"), Split(arguments.rsicd, "val")
+    tokenizer = Tokenizer.train(train_split.all_captions(), settings.vocab_size)
+    for variant in arguments.variants:
+        recalls = []
+        for seed in arguments.seeds:
+            path = arguments.out / f"{variant}_{seed}.json"
+            if not path.exists():
+                embedder = train(train_split, tokenizer, variant, seed, settings, arguments.out / f"{variant}_{seed}")
+                path.write_text(json.dumps({"settings": asdict(settings), "recall": evaluate(embedder, val_split)}))
+            recalls.append(json.loads(path.read_text())["recall"])
+        print_table(variant, recalls, chance_recall(len(val_split.ids), len(val_split.all_captions())))
+
+
+def print_table(variant: str, recalls: list[dict[str, float]], chance: dict[str, float]) -> None:
+    """Mean and spread (largest minus smallest) of every recall over the seeds, in per cent, beside chance."""
+    print(f"{variant}, {len(recalls)} seeds")
+    for name in recalls[0]:
+        values = [recall[name] for recall in recalls]
+        mean, spread = statistics.mean(values), max(values) - min(values)
+        times = f"  {mean / chance[name]:5.1f} × chance" if name in chance else ""
+        print(f"  {name:12} {mean:6.2f} ± {spread / 2:.2f}{times}")
+
+
+if __name__ == "__main__":
+    main()
