@@ -9,6 +9,7 @@ Run: `python benchmarks/rsicd.py …/rsicd --out results --seeds 0 1 2 --variant
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from rsplatform.model.embedder import Embedder
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import Mammut, mammut_config
 from rsplatform.model.tokenizer import Tokenizer
+from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import Augmentation
 from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.engine import PlainEngine
@@ -144,15 +146,20 @@ def evaluate(embedder: Embedder, split: Split) -> dict[str, float]:
 def main() -> None:
     """Parse, run what is not finished, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rsicd", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    data = Path(os.environ.get("RSPLATFORM_TEST_DATA", "../shared/data"))
+    parser.add_argument("rsicd", type=Path, nargs="?", default=data / "rsicd")
+    parser.add_argument("--out", type=Path, default=Path("artifacts/benchmarks/rsicd"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", default=["joint"], choices=list(WEIGHTS))
     parser.add_argument("--threads", type=int, default=2)
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = parser.parse_args()
+    if not (arguments.rsicd / "dataset_rsicd.json").exists():
+        print(f"skipped: {arguments.rsicd} holds no dataset_rsicd.json; name the folder of RSICD")
+        return
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     settings = replace(Settings(), **{name: getattr(arguments, name) for name in asdict(Settings())})
     train_split, val_split = Split(arguments.rsicd, "train"), Split(arguments.rsicd, "val")
     tokenizer = Tokenizer.train(train_split.all_captions(), settings.vocab_size)
