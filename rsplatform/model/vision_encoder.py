@@ -134,11 +134,14 @@ class VisionEncoder(nn.Module):
             fill_normal(self.pool.query_Kd, std=scale)
             fill_normal(self.pool.key_KdD, std=scale)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Tokens (B, N, D), class token first if there is one, before the last norm: what cross-attention reads."""
+    def forward(self, images_BCHW: Tensor, *, keeps_patches: bool = False) -> Tensor:
+        """Tokens (B, N, D), class token first if there is one, before the last norm: what cross-attention reads.
+
+        `keeps_patches`: no patch dropout, in training either, for those who need the whole grid.
+        """
         patches_BHWD = self.patch_embedding(self._patches(images_BCHW))
         tokens_BND = (patches_BHWD + self._positions(patches_BHWD)).flatten(1, 2)
-        if self.training and self.config.patch_dropout > 0:
+        if self.training and self.config.patch_dropout > 0 and not keeps_patches:
             tokens_BND = drop_patches(tokens_BND, self.config.patch_dropout)
         if self.class_token_D is not None and self.class_position_D is not None:
             class_D = (self.class_token_D + self.class_position_D).to(tokens_BND.dtype)
@@ -191,7 +194,7 @@ class VisionEncoder(nn.Module):
         """Values and pooling scores of every patch on the picture's own grid: the input of smooth attention."""
         size = self.config.patch_size
         grid = (images_BCHW.shape[2] // size, images_BCHW.shape[3] // size)
-        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(self(images_BCHW)))
+        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(self(images_BCHW, keeps_patches=True)))
         has_class = self.class_token_D is not None and self.config.pooling != "mean"
         first = 1 if has_class else 0
         scores = None if scores_BKN is None else scores_BKN[:, :, first:].unflatten(2, grid)

@@ -102,6 +102,17 @@ def test_patch_dropout_keeps_distinct_patches_and_only_in_training():
     assert model.train()(images_BCHW).shape[1] == 9
 
 
+@pytest.mark.parametrize("pooling", ["map", "mean"])
+def test_patch_features_keep_the_whole_grid_in_training(pooling):
+    """Self-training's patch loss asks a training model for its grid."""
+    model = encoder(patch_dropout=0.5, pooling=pooling)
+    images_BCHW = torch.randn(2, 3, 16, 16)
+    expected = model.patch_features(images_BCHW)
+    found = model.train().patch_features(images_BCHW)
+    torch.testing.assert_close(found.values_BHWD, expected.values_BHWD)
+    assert found.values_BHWD.shape[1:3] == (4, 4)
+
+
 def test_cropped_positions_act_only_in_training():
     model = encoder(cropped_positions=True, cropped_position_grid=8)
     images_BCHW = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1)
