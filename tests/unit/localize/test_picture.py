@@ -8,7 +8,7 @@ import torch
 from rsplatform.config import ConfigError, validate
 from rsplatform.evaluate.run import EvaluateConfig
 from rsplatform.evaluate.segmentation import decide
-from rsplatform.localize.picture import BATCH_TILES, picture_maps, tiling
+from rsplatform.localize.picture import BATCH_TILES, Scale, picture_maps, tiling
 from rsplatform.localize.run import LocalizeConfig
 from rsplatform.localize.scene import Tiling
 from rsplatform.localize.self_train import SelfTrainConfig
@@ -61,7 +61,9 @@ def test_narrower_windows_share_the_patches_of_the_wide_one() -> None:
     texts_CE = torch.from_numpy(embedder.embed_texts(["a field", "water"]))
     features = embedder.patch_features(torch.from_numpy(image)[None])
     encoded, plain = [], embedder.patch_features
-    embedder.patch_features = lambda images_BHWC: encoded.append(len(images_BHWC)) or plain(images_BHWC)
+    embedder.patch_features = lambda images_BHWC, **known: (
+        encoded.append(len(images_BHWC)) or plain(images_BHWC, **known)
+    )
     maps_CHW = picture_maps(embedder, image, texts_CE, window=5, narrower=[1, 3])
     assert encoded == [1]
     for first, window in ((0, 5), (2, 1), (4, 3)):
@@ -94,7 +96,7 @@ def test_labels_lie_where_the_picture_is_bright(height: int, width: int, scale: 
     row, column = height - 16.0, width - 16.0
     image = spot_picture(height, width, row, column)
     embedder = bright_embedder.bright_embedder()
-    maps_CHW = picture_maps(embedder, image, bright_embedder.bright_and_dark_texts(), scale=scale, window=1)
+    maps_CHW = picture_maps(embedder, image, bright_embedder.bright_and_dark_texts(), scale=Scale(scale), window=1)
     assert maps_CHW.shape[1:] == (max(1, round(height * scale / 8)), max(1, round(width * scale / 8)))
     labels_HW = decide(maps_CHW, [0, 1], (height, width))
     found_rows, found_columns = np.nonzero(labels_HW == 1)

@@ -107,9 +107,9 @@ def test_captions_with_directions_keep_their_picture_upright() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     config = Augmentation()
     for position in range(20):
-        view = augment(picture, IMAGE_SIZE, config, "a road in the north", sample_rng(0, 0, position))
+        view, _ = augment(picture, IMAGE_SIZE, config, "a road in the north", sample_rng(0, 0, position))
         assert (view == picture).all()
-    views = {augment(picture, IMAGE_SIZE, config, "a road", sample_rng(0, 0, p)).tobytes() for p in range(60)}
+    views = {augment(picture, IMAGE_SIZE, config, "a road", sample_rng(0, 0, p))[0].tobytes() for p in range(60)}
     assert len(views) == 8
 
 
