@@ -146,7 +146,8 @@ class Mammut(nn.Module):
             logit_scale=self.logit_scale(),
             caption_loss_sum=decoded.caption.sum,
             caption_token_count=decoded.caption.count,
-            logit_bias=None if self.logit_bias is None else self.logit_bias.squeeze(0),
+            # a copy: engines free the parameter's own memory after the forward
+            logit_bias=None if self.logit_bias is None else self.logit_bias.clone().squeeze(0),
             caption_z_loss_sum=decoded.caption.z_loss_sum,
         )
 
