@@ -34,7 +34,7 @@ from rsplatform.evaluate.classification import zero_shot_accuracy
 from rsplatform.evaluate.files import squares
 from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
 from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
-from rsplatform.localize.picture import picture_maps
+from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.stage import Stage, finished, open_stage
@@ -137,7 +137,8 @@ def segmentation(
     names = []
     for picture in track(masked_pictures(benchmark, cluster), description=benchmark.name, transient=True):
         names.append((picture.name, content(picture.image_HWC.tobytes()), content(picture.mask_HW.tobytes())))
-        scale = picture.ground_sample_distance_m / benchmark.model_ground_sample_distance_m
+        model_m = benchmark.model_ground_sample_distance_m
+        scale = Scale(picture.ground_sample_distance_m / model_m, model_m)
         both = picture_maps(embedder, picture.image_HWC, texts_CE, scale=scale, window=window, narrower=[1])
         maps = {"raw": both[len(prompts) :], "smooth": both[: len(prompts)]}
         shape = picture.mask_HW.shape

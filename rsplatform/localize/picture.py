@@ -3,7 +3,10 @@
 The whole-scene path (scene.py) does the work; this is the short way in for evaluation, serving and tests.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,38 +18,51 @@ from rsplatform.model.embedder import Embedder
 BATCH_TILES = 32  # of the model's own size
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How a picture is resampled (`factor`: picture GSD / model GSD), and the GSD of what comes out, NaN if unknown."""
+
+    factor: float = 1.0
+    ground_sample_distance_m: float = math.nan
+
+
+AS_IT_IS = Scale()
+
+
 def picture_maps(
     embedder: Embedder,
     image_HWC: np.ndarray,
     texts_CE: torch.Tensor,
     *,
-    scale: float = 1.0,
+    scale: Scale = AS_IT_IS,
     window: int = 3,
     narrower: Sequence[int] = (),
 ) -> torch.Tensor:
-    """maps_CHW of uint8 (H, W, 3) pixels resampled by `scale` (picture GSD / model GSD), on a grid of patches.
+    """maps_CHW of uint8 (H, W, 3) pixels resampled by `scale`, on a grid of patches.
 
     Each side is resampled to the nearest whole number of patches, so that the grid covers exactly the picture and a
     cell's place in the map is its place in the picture. Tiles are `tiling`'s. Both are our defaults. The maps of
     `narrower` windows (1: raw patch maps) follow along C, comparable because they share patches and tiles.
     """
     patch = embedder.patch_size
-    height, width = (max(1, round(side * scale / patch)) * patch for side in image_HWC.shape[:2])
+    height, width = (max(1, round(side * scale.factor / patch)) * patch for side in image_HWC.shape[:2])
     if (height, width) != image_HWC.shape[:2]:
-        resample = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+        resample = Image.Resampling.BOX if scale.factor < 1 else Image.Resampling.BICUBIC
         image_HWC = np.asarray(Image.fromarray(image_HWC).resize((width, height), resample))
 
     def read_window(row: int, column: int, height: int, width: int) -> np.ndarray:
         return image_HWC[row : row + height, column : column + width]
 
     scene = SceneReader(image_HWC.shape[0], image_HWC.shape[1], read_window)
-    strips = score_strips(scene, encoder(embedder), texts_CE, tiling(embedder, window), narrower)
+    patches = encoder(embedder, scale.ground_sample_distance_m)
+    strips = score_strips(scene, patches, texts_CE, tiling(embedder, window), narrower)
     return torch.cat([strip.maps_CHW for strip in strips], dim=1)
 
 
-def encoder(embedder: Embedder) -> PatchEncoder:
-    """The embedder as the two functions that localization needs."""
-    return PatchEncoder(embedder.patch_features, embedder.head, embedder.patch_size)
+def encoder(embedder: Embedder, ground_sample_distance_m: float = math.nan) -> PatchEncoder:
+    """The embedder as the two functions that localization needs, for pixels of one ground sample distance."""
+    features = partial(embedder.patch_features, ground_sample_distance_m=ground_sample_distance_m)
+    return PatchEncoder(features, embedder.head, embedder.patch_size)
 
 
 def tiling(embedder: Embedder, window: int) -> Tiling:

@@ -129,7 +129,8 @@ def _localize_scene(scene: Scene, job: Job, stage: Stage) -> int:
 
 
 def _pixel_strips(reader: SceneReader, job: Job) -> Iterator[Strip]:
-    strips = score_strips(reader, encoder(job.embedder), job.texts_CE, tiling(job.embedder, job.config.window))
+    patches = encoder(job.embedder, job.config.ground_sample_distance_m)
+    strips = score_strips(reader, patches, job.texts_CE, tiling(job.embedder, job.config.window))
     return upsample_strips(strips, reader, job.embedder.patch_size)
 
 

@@ -27,6 +27,7 @@ from rsplatform.localize.run import Sought
 from rsplatform.localize.teacher import TeacherLabels, teach
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.model.embedder import Embedder, driver_device
+from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
 from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
@@ -209,7 +210,8 @@ def _learn(course: Course, lesson: Lesson, run: tracking.Run, number: int) -> Em
         with closing(loader.batches(start, end)) as stream:
             yield from track(stream, f"self-training round {number}", end - start, transient=True)
 
-    loop = LoopConfig(config.steps_per_round, config.seed + number, ema_decay=config.ema_decay)
+    loss = LossConfig("sigmoid" if student.config.logit_bias else "softmax")
+    loop = LoopConfig(config.steps_per_round, config.seed + number, loss, ema_decay=config.ema_decay)
     engine = PlainEngine(student, OptimizerConfig(weight_decay=0.0))
     hooks = Hooks(run.log_metrics, save, auxiliary_loss=_auxiliary(course, lesson, number))
     resume = checkpoints.latest()

@@ -8,6 +8,7 @@ Shapes: I images, T texts, E embedding, B batch, H W pixels or patch grid, D wid
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
-from rsplatform.model.preprocess import decode_image, resize_crop
+from rsplatform.model.preprocess import decode_image, resize_crop, resized_ground_sample_distance_m
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.vision_encoder import PatchFeatures
 from rsplatform.model.weights import load_model
@@ -70,18 +71,27 @@ class Embedder:
             digest.update(memoryview(values.flatten().view(torch.uint8).numpy()))
         return digest.hexdigest()
 
-    def embed_images(self, images: Sequence[bytes | np.ndarray]) -> np.ndarray:
+    def embed_images(
+        self, images: Sequence[bytes | np.ndarray], ground_sample_distances_m: Sequence[float] | None = None
+    ) -> np.ndarray:
         """Unit embeddings (I, E) float32 of encoded pictures or uint8 (H, W, 3) arrays of any size.
+
+        Distances are metres per pixel of the pictures as they come here, NaN (or no list) where unknown.
 
         Raises:
             ImageError: bytes that are no acceptable picture.
+            ValueError: another number of distances than of pictures.
         """
+        distances_m = [math.nan] * len(images) if ground_sample_distances_m is None else ground_sample_distances_m
+        pairs = list(zip(images, distances_m, strict=True))
         rows = [np.empty((0, self.embedding_width), dtype=np.float32)]
-        for start in range(0, len(images), self.batch_size):
-            squares = [self._square(image) for image in images[start : start + self.batch_size]]
-            images_BHWC = torch.from_numpy(np.stack(squares))
+        for start in range(0, len(pairs), self.batch_size):
+            squares = [self._square(image, distance_m) for image, distance_m in pairs[start : start + self.batch_size]]
+            images_BHWC = torch.from_numpy(np.stack([square_HWC for square_HWC, _ in squares]))
+            distance_m_B = torch.tensor([distance_m for _, distance_m in squares], device=self.device)
             with _inference(self.model):
-                rows.append(self.model.encode_image(self._normalised(images_BHWC)).float().cpu().numpy())
+                vectors_BE = self.model.encode_image(self._normalised(images_BHWC), distance_m_B)
+                rows.append(vectors_BE.float().cpu().numpy())
         return np.concatenate(rows)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -98,22 +108,25 @@ class Embedder:
                 rows.append(self.model.encode_text(tokens_BT).float().cpu().numpy())
         return np.concatenate(rows)
 
-    def patch_features(self, images_BHWC: Tensor) -> PatchFeatures:
+    def patch_features(self, images_BHWC: Tensor, ground_sample_distance_m: float = math.nan) -> PatchFeatures:
         """Pooling values (B, H, W, D) and scores (B, K, H, W) or None, of uint8 pictures at their own size.
 
-        Height and width are multiples of the patch, else ValueError; positions are interpolated to the grid.
+        Height and width are multiples of the patch, else ValueError; positions are interpolated to the grid. The
+        distance is that of these pixels, the same for all pictures; NaN where unknown.
         """
+        distance_m_B = torch.full((len(images_BHWC),), ground_sample_distance_m, device=self.device)
         with _inference(self.model):
-            return self.model.patch_features(self._normalised(images_BHWC))
+            return self.model.patch_features(self._normalised(images_BHWC), distance_m_B)
 
     def head(self, values_D: Tensor) -> Tensor:
         """Pooled values (..., D) to unit embeddings (..., E), as `embed_images` does after its own pooling."""
         with _inference(self.model):
             return self.model.head(values_D)
 
-    def _square(self, image: bytes | np.ndarray) -> np.ndarray:
+    def _square(self, image: bytes | np.ndarray, distance_m: float) -> tuple[np.ndarray, float]:
         pixels_HWC = image if isinstance(image, np.ndarray) else decode_image(image)
-        return resize_crop(pixels_HWC, self.image_size)
+        square_HWC = resize_crop(pixels_HWC, self.image_size)
+        return square_HWC, resized_ground_sample_distance_m(pixels_HWC, self.image_size, distance_m)
 
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
         vision = self.model.config.vision

@@ -1,4 +1,4 @@
-"""MaMMUT's training loss: contrastive (softmax or focal sigmoid) plus captioning, on one process or many.
+"""MaMMUT's training loss: contrastive (softmax, focal sigmoid or SigLIP) plus captioning, on one process or many.
 
 In: MammutOutput, the token ids it was made from, a LossConfig, and a FeatureGather where there are several
 processes. Out: the loss to call backward on, and its detached parts. Does not run the model or average gradients.
@@ -9,7 +9,7 @@ Shapes: B own batch, G global batch, E embedding, T tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +23,31 @@ from rsplatform.model.mammut import MammutOutput
 class LossConfig:
     """Weights 1:1 are the paper's [F]; the open reproduction has caption_weight 2. Softmax is our default [D].
 
+    "sigmoid" is SigLIP's [F] and needs a model with `logit_bias`. `z_loss_weight`: see `vocabulary_loss`; PaLM used
+    1e-4 [F], off is our default [D].
     `mask_identical_texts` [D]: the same sentence on two images of a batch is no negative pair.
     """
 
-    contrastive: Literal["softmax", "focal_sigmoid"] = "softmax"
+    contrastive: Literal["softmax", "focal_sigmoid", "sigmoid"] = "softmax"
     contrastive_weight: float = 1.0
     caption_weight: float = 1.0
     focal_gamma: float = 1.0
     focal_alpha: float = 0.5
     mask_identical_texts: bool = True
+    z_loss_weight: float = 0.0
 
     def __post_init__(self):
-        if self.contrastive not in ("softmax", "focal_sigmoid"):
-            raise ValueError(f"loss.contrastive: '{self.contrastive}' is not one of softmax, focal_sigmoid")
-        if self.contrastive_weight < 0 or self.caption_weight < 0:
+        choices = get_args(LossConfig.__annotations__["contrastive"])
+        if self.contrastive not in choices:
+            raise ValueError(f"loss.contrastive: '{self.contrastive}' is not one of {', '.join(choices)}")
+        if min(self.contrastive_weight, self.caption_weight, self.z_loss_weight) < 0:
             raise ValueError("loss weights must not be negative")
 
 
 class ContrastiveBatch(NamedTuple):
     """This process's embeddings, those of all processes in rank order, and where the own rows start among them.
 
+    The sigmoid loss counts each pair once and reads no images but the own: for it, `all_image_GE` is only those.
     `ignored_BG` is True at pairs that are neither positive nor negative; None where there is none.
     """
 
@@ -68,10 +73,17 @@ def mammut_loss(
     """Weighted sum of the contrastive and the captioning loss, and its detached parts.
 
     With `gather`, parts are this process's; their mean over processes is the value of the global batch.
+
+    Raises:
+        ValueError: the model was not built or not run for this config: no logit bias for the sigmoid loss or one for
+            another loss, or a forward without the z-loss.
     """
+    _check_output(output, config)
     batch = contrastive_batch(output, tokens_BT, config, gather)
     if config.contrastive == "softmax":
         contrastive = softmax_contrastive_loss(batch, output.logit_scale)
+    elif output.logit_bias is not None:
+        contrastive = sigmoid_contrastive_loss(batch, output.logit_scale, output.logit_bias)
     else:
         contrastive = focal_contrastive_loss(
             batch, output.logit_scale, gamma=config.focal_gamma, alpha=config.focal_alpha
@@ -79,7 +91,25 @@ def mammut_loss(
     caption = caption_loss(output, gather)
     loss = config.contrastive_weight * contrastive + config.caption_weight * caption
     parts = {"loss": loss, "contrastive": contrastive, "caption": caption, "logit_scale": output.logit_scale}
+    if output.logit_bias is not None:
+        parts["logit_bias"] = output.logit_bias
+    if output.caption_z_loss_sum is not None:
+        parts["z_loss"] = mean_per_token(output.caption_z_loss_sum, output, gather)
+        parts["caption"] = caption - config.z_loss_weight * parts["z_loss"]
     return loss, {name: value.detach() for name, value in parts.items()}
+
+
+def _check_output(output: MammutOutput, config: LossConfig) -> None:
+    if (config.contrastive == "sigmoid") != (output.logit_bias is not None):
+        raise ValueError(
+            f"loss.contrastive '{config.contrastive}' on a model {'without' if output.logit_bias is None else 'with'} "
+            "a logit bias: 'sigmoid' and the model setting logit_bias: true belong together"
+        )
+    if bool(config.z_loss_weight) != (output.caption_z_loss_sum is not None):
+        raise ValueError(
+            f"loss.z_loss_weight is {config.z_loss_weight}, the model's forward was run "
+            f"{'without' if output.caption_z_loss_sum is None else 'with'} one: give it the same z_loss_weight"
+        )
 
 
 def contrastive_batch(
@@ -89,7 +119,9 @@ def contrastive_batch(
     image_BE, text_BE = output.image_embeddings_BE, output.text_embeddings_BE
     all_image_GE, all_text_GE, first_row, rows = image_BE, text_BE, 0, None
     if gather is not None:
-        all_image_GE, all_text_GE = gather.rows(image_BE), gather.rows(text_BE)
+        all_text_GE = gather.rows(text_BE)
+        if config.contrastive != "sigmoid":
+            all_image_GE = gather.rows(image_BE)
         first_row, rows = gather.rank * len(image_BE), gather.rows
     ignored_BG = None
     if config.mask_identical_texts:
@@ -132,13 +164,35 @@ def focal_contrastive_loss(
     return total / len(batch.image_BE)
 
 
+def sigmoid_contrastive_loss(batch: ContrastiveBatch, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """SigLIP: -(1/B) sum_ij log sigmoid(z_ij (scale v_i·l_j + bias)), z = 1 on the diagonal and -1 off it.
+
+    Equation 1 of "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343) [F]; each pair counts once. Its
+    scale is not limited; that ours stops at 100 is our default [D].
+    """
+    logits_BG = logit_scale * batch.image_BE @ batch.all_text_GE.T + logit_bias
+    positive_BG = F.one_hot(batch.positives_B, len(batch.all_text_GE)).bool()
+    log_p_BG = F.logsigmoid(torch.where(positive_BG, logits_BG, -logits_BG))
+    if batch.ignored_BG is not None:
+        log_p_BG = log_p_BG.masked_fill(batch.ignored_BG, 0.0)
+    return -log_p_BG.sum() / len(batch.image_BE)
+
+
 def caption_loss(output: MammutOutput, gather: FeatureGather | None = None) -> Tensor:
-    """Mean cross-entropy of the next token over all non-pad targets, of the global batch if there is a gather."""
+    """Mean loss of the next token over all non-pad targets, of the global batch if there is a gather.
+
+    Cross-entropy, and with it the weighted z-loss where forward was given a weight.
+    """
+    return mean_per_token(output.caption_loss_sum, output, gather)
+
+
+def mean_per_token(values_sum: Tensor, output: MammutOutput, gather: FeatureGather | None) -> Tensor:
+    """A sum over this process's caption tokens, by the mean number of them on a process."""
     if gather is None:
-        return output.caption_loss_sum / output.caption_token_count.clamp(min=1)
+        return values_sum / output.caption_token_count.clamp(min=1)
     # captions differ in length, so the mean of the processes' means is not the mean of the global batch
     all_tokens = gather.total(output.caption_token_count).clamp(min=1)
-    return output.caption_loss_sum * gather.world_size / all_tokens
+    return values_sum * gather.world_size / all_tokens
 
 
 def text_keys(tokens_BT: Tensor) -> Tensor:

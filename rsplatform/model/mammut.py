@@ -16,21 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsplatform.model.frozen_config import ConfigKeyError, config_from_mapping, unknown_key_message
+from rsplatform.model.sizes import size_settings
 from rsplatform.model.text_decoder import TextConfig, TextDecoder
 from rsplatform.model.transformer import fill_normal
 from rsplatform.model.vision_encoder import PatchFeatures, VisionConfig, VisionEncoder
 
 MAX_LOG_LOGIT_SCALE = math.log(100.0)
 INITIAL_LOG_LOGIT_SCALE = math.log(1 / 0.07)
+# SigLIP's start (arXiv 2303.15343, section 3.2 and its published code) [F]: at -10, the many negative pairs of the
+# first steps cost nothing yet
+SIGLIP_LOG_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10.0), -10.0
 
 
 @dataclass(frozen=True)
 class MammutConfig:
-    """A whole model: what config.json beside the weights holds."""
+    """A whole model: what config.json beside the weights holds.
+
+    `logit_bias`: a learned bias of the logits beside their scale, for the SigLIP loss and only for it.
+    """
 
     vision: VisionConfig
     text: TextConfig
     embedding_width: int
+    logit_bias: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON."""
@@ -46,57 +54,27 @@ class MammutConfig:
         return config_from_mapping(cls, parts, "model config")
 
 
-# the fields that VisionConfig and TextConfig share are given as (vision, text) here
-_SIZES: dict[str, dict[str, Any]] = {
-    "mini": {"width": (128, 128), "num_layers": (4, 3), "num_heads": (2, 2), "mlp_width": (512, 512)}
-    | {"patch_size": 8, "image_size": 64, "vocab_size": 2048, "context_length": 32},
-    "tiny": {"width": (192, 192), "num_layers": (6, 4), "num_heads": (3, 3), "mlp_width": (768, 768)}
-    | {"patch_size": 8, "image_size": 64, "vocab_size": 4096, "context_length": 32},
-    "small": {"width": (384, 384), "num_layers": (12, 6), "num_heads": (6, 6), "mlp_width": (1536, 1536)}
-    | {"patch_size": 16, "image_size": 224, "vocab_size": 16384, "context_length": 64},
-    # the tower is SoViT-400m at 224 px [F]; the decoder is unpublished, so its numbers are our default [D]
-    "so400m": {
-        "width": (1152, 1024),
-        "num_layers": (27, 24),
-        "num_heads": (16, 16),
-        "mlp_width": (4304, 4096),
-    }
-    | {
-        "patch_size": 14,
-        "image_size": 224,
-        "vocab_size": 32768,
-        "context_length": 77,
-        "vision_pooling": "map",
-    },
-}
-
-
 def mammut_config(size: str, **overrides: Any) -> MammutConfig:
-    """A named size: "mini", "tiny", "small" (all [D]) or "so400m" (about 400 M + 400 M parameters).
+    """A named size: "mini", "tiny", "small" (all [D]), "so400m" (400 M + 400 M parameters), "openmammut_S" … "_H".
 
     `overrides` are fields of the two configs: image_size=, vocab_size=, … by name, and with `vision_` or `text_`
-    before it where both have the field (vision_pooling=, text_width=), or embedding_width=. Mean pooling is
-    MaMMUT's [F]; "so400m" takes its tower's attention pooling.
+    before it where both have the field (vision_pooling=, text_width=), embedding_width= or logit_bias=. Mean pooling
+    is MaMMUT's [F]; "so400m" takes its tower's attention pooling, and what is known of the others is in sizes.py.
 
     Raises:
         ValueError: on an unknown size; ConfigKeyError (a ValueError) on an unknown override.
     """
-    if size not in _SIZES:
-        raise ValueError(f"model size '{size}' is unknown: choose one of {', '.join(_SIZES)}")
     parts: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
-    settings: dict[str, Any] = {}
-    for name, value in _SIZES[size].items():
-        pair = value if isinstance(value, tuple) else None
-        settings |= {name: value} if pair is None else {f"vision_{name}": pair[0], f"text_{name}": pair[1]}
-    settings |= overrides
-    embedding_width = settings.pop("embedding_width", settings["text_width"])
+    settings = size_settings(size) | overrides
+    whole = {"embedding_width": settings.pop("embedding_width", settings["text_width"])}
+    whole["logit_bias"] = settings.pop("logit_bias", False)
     owners = _field_owners()
     for name, value in settings.items():
         if name not in owners:
-            raise ConfigKeyError(f"model size '{size}': {unknown_key_message(name, [*owners, 'embedding_width'])}")
+            raise ConfigKeyError(f"model size '{size}': {unknown_key_message(name, [*owners, *whole])}")
         part, field = owners[name]
         parts[part][field] = value
-    return MammutConfig.from_dict({**parts, "embedding_width": embedding_width})
+    return MammutConfig.from_dict({**parts, **whole})
 
 
 def _field_owners() -> dict[str, tuple[str, str]]:
@@ -117,7 +95,9 @@ class MammutOutput(NamedTuple):
     """What one forward gives a loss. A tuple of tensors, so that DDP, FSDP2 and DeepSpeed all see inside it.
 
     `caption_loss_sum` and `caption_token_count` are made inside the forward because the vocabulary matrix is
-    there in one piece only then (ZeRO-3 and FSDP2 split it again afterwards).
+    there in one piece only then (ZeRO-3 and FSDP2 split it again afterwards). `caption_z_loss_sum` is the detached
+    sum of log² Z over the same tokens where forward was given a z-loss weight; `caption_loss_sum` then has weight
+    times it in it.
     """
 
     image_embeddings_BE: Tensor
@@ -126,6 +106,8 @@ class MammutOutput(NamedTuple):
     logit_scale: Tensor
     caption_loss_sum: Tensor
     caption_token_count: Tensor
+    logit_bias: Tensor | None = None
+    caption_z_loss_sum: Tensor | None = None
 
 
 class Mammut(nn.Module):
@@ -139,19 +121,34 @@ class Mammut(nn.Module):
         self.image_to_text = nn.Linear(config.vision.width, config.text.width, bias=False)
         fill_normal(self.image_to_text.weight, std=config.vision.width**-0.5)
         # one number, but not a scalar: FSDP2 refuses to shard 0-dimensional parameters
-        self.log_logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOG_LOGIT_SCALE))
+        first_scale = SIGLIP_LOG_LOGIT_SCALE if config.logit_bias else INITIAL_LOG_LOGIT_SCALE
+        self.log_logit_scale = nn.Parameter(torch.full((1,), first_scale))
+        self.logit_bias = nn.Parameter(torch.full((1,), SIGLIP_LOGIT_BIAS)) if config.logit_bias else None
 
-    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
-        """Both passes over normalised images and token ids (0 = pad), the image tokens computed once."""
-        image_tokens_BND = self.vision(images_BCHW)
-        decoded = self.text(tokens_BT, self.image_to_text(image_tokens_BND))
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        tokens_BT: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+    ) -> MammutOutput:
+        """Both passes over normalised images and token ids (0 = pad), the image tokens computed once.
+
+        The ground sample distance is that of the pixels given here, NaN where unknown; only a model with
+        `vision.ground_sample_distance_encoding` reads it. `z_loss_weight` is LossConfig's.
+        """
+        image_tokens_BND = self.vision(images_BCHW, ground_sample_distance_m_B)
+        decoded = self.text(tokens_BT, self.image_to_text(image_tokens_BND), z_loss_weight)
         return MammutOutput(
             image_embeddings_BE=unit_length(self.vision.embed_tokens(image_tokens_BND)),
             text_embeddings_BE=unit_length(decoded.pooled_BE),
             caption_hidden_BTD=decoded.hidden_BTD,
             logit_scale=self.logit_scale(),
-            caption_loss_sum=decoded.caption_loss_sum,
-            caption_token_count=decoded.caption_token_count,
+            caption_loss_sum=decoded.caption.sum,
+            caption_token_count=decoded.caption.count,
+            # a copy: engines free the parameter's own memory after the forward
+            logit_bias=None if self.logit_bias is None else self.logit_bias.clone().squeeze(0),
+            caption_z_loss_sum=decoded.caption.z_loss_sum,
         )
 
     def logit_scale(self) -> Tensor:
@@ -160,26 +157,28 @@ class Mammut(nn.Module):
         assert isinstance(clamped, Tensor)
         return clamped.exp().squeeze(0)
 
-    def encode_image(self, images_BCHW: Tensor) -> Tensor:
+    def encode_image(self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None) -> Tensor:
         """Unit image embeddings (B, E)."""
-        return unit_length(self.vision.embed_tokens(self.vision(images_BCHW)))
+        return unit_length(self.vision.embed_tokens(self.vision(images_BCHW, ground_sample_distance_m_B)))
 
     def encode_text(self, tokens_BT: Tensor) -> Tensor:
         """Unit text embeddings (B, E)."""
         return unit_length(self.text.contrastive(tokens_BT))
 
-    def image_tokens(self, images_BCHW: Tensor) -> Tensor:
+    def image_tokens(self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None) -> Tensor:
         """What cross-attention reads (B, N, D): all tokens (class token first) before the encoder's last norm."""
-        return self.vision(images_BCHW)
+        return self.vision(images_BCHW, ground_sample_distance_m_B)
 
-    def caption_logits(self, images_BCHW: Tensor, tokens_BT: Tensor) -> Tensor:
+    def caption_logits(
+        self, images_BCHW: Tensor, tokens_BT: Tensor, ground_sample_distance_m_B: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T-1, V) of tokens 1 … T-1, each given the image and the tokens before it."""
-        image_BSD = self.image_to_text(self.vision(images_BCHW))
+        image_BSD = self.image_to_text(self.vision(images_BCHW, ground_sample_distance_m_B))
         return F.linear(self.text.generative(tokens_BT[:, :-1], image_BSD), self.text.vocabulary_weight_VD)
 
-    def patch_features(self, images_BCHW: Tensor) -> PatchFeatures:
+    def patch_features(self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None) -> PatchFeatures:
         """Values and pooling scores per patch, on the picture's own grid: what smooth attention pools again."""
-        return self.vision.patch_features(images_BCHW)
+        return self.vision.patch_features(images_BCHW, ground_sample_distance_m_B)
 
     def head(self, pooled_D: Tensor) -> Tensor:
         """Map pooled values (..., D) to unit embeddings (..., E), as `encode_image` does after its pooling."""

@@ -5,6 +5,7 @@ argument, the file's metadata or a JSON beside it. Out: (Mammut in eval mode, Ma
 Shapes: W text width, V vocabulary, D vision width, P patch size, N positions.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -17,12 +18,10 @@ from torch import Tensor
 
 from rsplatform.model.frozen_config import unknown_key_message
 from rsplatform.model.mammut import Mammut, MammutConfig
+from rsplatform.model.sizes import OPENMAMMUT_TEXT, OPENMAMMUT_VISION
 from rsplatform.model.text_decoder import TextConfig
 from rsplatform.model.vision_encoder import VisionConfig
 from rsplatform.model.weights import WeightsError, model_from_tensors, read_tensors
-
-CLIP_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # our name of a linear map or norm inside a block <- its name in the layout
 BLOCK_PARTS = {
@@ -52,6 +51,8 @@ def load_openmammut(path: Path | str, config: Mapping[str, Any] | None = None) -
     found, origin = (config, "config argument") if config is not None else _find_config(path)
     mammut_config = config_of_layout(found, origin)
     tensors = {key: value for key, value in _read_layout(path).items() if not key.startswith("io.")}
+    # only models trained with the SigLIP loss have one; their config does not say so
+    mammut_config = dataclasses.replace(mammut_config, logit_bias="logit_bias" in tensors)
     try:
         ours = tensors_of_layout(tensors, mammut_config)
     except KeyError as error:
@@ -74,11 +75,7 @@ def config_of_layout(config: Mapping[str, Any], origin: str) -> MammutConfig:
             mlp_width=int(width * vision.get("mlp_ratio", 4)),
             patch_size=vision["patch_size"],
             image_size=vision["image_size"],
-            pooling="mean_all",
-            class_token=True,
-            input_norm=True,
-            pixel_mean=CLIP_PIXEL_MEAN,
-            pixel_std=CLIP_PIXEL_STD,
+            **OPENMAMMUT_VISION,
         ),
         text=TextConfig(
             width=text["width"],
@@ -87,12 +84,9 @@ def config_of_layout(config: Mapping[str, Any], origin: str) -> MammutConfig:
             mlp_width=int(text["width"] * text.get("mlp_ratio", 4)),
             context_length=text["context_length"],
             vocab_size=text["vocab_size"],
-            pooling="mean_all",
             cross_attention_every=text.get("cross_attn_ratio", 2),
             self_mlp_before_cross=text.get("has_mlp", True),
-            cross_mlp=True,
-            projection=False,
-            tied_vocabulary=False,
+            **OPENMAMMUT_TEXT,
         ),
         embedding_width=text["width"],
     )
@@ -182,6 +176,8 @@ def tensors_of_layout(tensors: dict[str, Tensor], config: MammutConfig) -> dict[
         "image_to_text.weight": take("map_viz2txt_kv").T,
         "log_logit_scale": take("logit_scale").reshape(1),
     }
+    if config.logit_bias:
+        ours["logit_bias"] = take("logit_bias").reshape(1)
     norms = {"visual.ln_pre": "vision.norm_input", "visual.ln_post": "vision.norm_output"}
     for theirs, our in (norms | {"text.ln_final": "text.norm_output"}).items():
         ours |= _take_affine(tensors, theirs, our)

@@ -93,6 +93,8 @@ def tensors_to_layout(model: Mammut) -> dict[str, Tensor]:
         "map_viz2txt_kv": take("image_to_text.weight").T,
         "logit_scale": take("log_logit_scale").squeeze(0),
     }
+    if "logit_bias" in ours:
+        theirs["logit_bias"] = take("logit_bias").squeeze(0)
     names = {"vision.norm_input": "visual.ln_pre", "vision.norm_output": "visual.ln_post"}
     names |= {"text.norm_output": "text.ln_final"}
     for index in range(model.config.vision.num_layers):

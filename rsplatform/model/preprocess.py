@@ -87,3 +87,8 @@ def resize_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
         (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
     )
     return np.array(square)
+
+
+def resized_ground_sample_distance_m(image_HWC: np.ndarray, size: int, ground_sample_distance_m: float) -> float:
+    """Metres per pixel of `resize_crop(image_HWC, size)`, from those per pixel of `image_HWC`; NaN stays NaN."""
+    return ground_sample_distance_m * min(image_HWC.shape[:2]) / size

@@ -21,7 +21,7 @@ from rsplatform.model.transformer import (
     fill_normal,
     initialise_blocks,
 )
-from rsplatform.model.vocabulary_loss import PAD_ID, vocabulary_loss
+from rsplatform.model.vocabulary_loss import PAD_ID, TokenLoss, vocabulary_loss
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class DecoderOutput(NamedTuple):
 
     pooled_BE: Tensor
     hidden_BTD: Tensor
-    caption_loss_sum: Tensor
-    caption_token_count: Tensor
+    caption: TokenLoss
 
 
 class TextDecoder(nn.Module):
@@ -143,15 +142,16 @@ class TextDecoder(nn.Module):
         """The matrix that turns a hidden state into vocabulary logits: its own, or the token embedding."""
         return self.token_embedding_VD if self.vocabulary_VD is None else self.vocabulary_VD
 
-    def forward(self, tokens_BT: Tensor, image_BSD: Tensor) -> DecoderOutput:
+    def forward(self, tokens_BT: Tensor, image_BSD: Tensor, z_loss_weight: float = 0.0) -> DecoderOutput:
         """Both passes, and the caption loss of tokens 1 … T-1 given those before: the training step's one call.
 
         One call, and matrices owned by this module itself, because ZeRO-3 and FSDP2 put a module's parameters
         together only while its forward runs.
         """
         hidden_BTD = self.generative(tokens_BT[:, :-1], image_BSD)
-        caption = vocabulary_loss(hidden_BTD, self.vocabulary_weight_VD, tokens_BT[:, 1:])
-        return DecoderOutput(self.contrastive(tokens_BT), hidden_BTD, caption.sum, caption.count)
+        targets_BT = tokens_BT[:, 1:]
+        caption = vocabulary_loss(hidden_BTD, self.vocabulary_weight_VD, targets_BT, z_loss_weight=z_loss_weight)
+        return DecoderOutput(self.contrastive(tokens_BT), hidden_BTD, caption)
 
     def contrastive(self, tokens_BT: Tensor) -> Tensor:
         """Bidirectional pass without cross-attention -> (B, E), not yet of unit length.

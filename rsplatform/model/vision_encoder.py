@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsplatform.model.positions import cropped_positions, interpolate_positions
+from rsplatform.model.scale_encoding import ScaleEncoding
 from rsplatform.model.transformer import EncoderBlock, Mlp, fill_normal, initialise_blocks
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT. Pooling: "map" learned-query attention, "mean" over patches, "mean_all" over patches and class token."""
+    """A ViT. Pooling: "map" learned-query attention, "mean" over patches, "mean_all" over patches and class token.
+
+    `ground_sample_distance_encoding`: patches are told how many metres a pixel covers (scale_encoding.py).
+    """
 
     width: int
     num_layers: int
@@ -33,6 +37,7 @@ class VisionConfig:
     cropped_positions: bool = False
     cropped_position_grid: int = 64
     patch_dropout: float = 0.0
+    ground_sample_distance_encoding: bool = False
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -108,6 +113,7 @@ class VisionEncoder(nn.Module):
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
         self.position_HWD = nn.Parameter(torch.empty(grid, grid, width))
         self.class_token_D = nn.Parameter(torch.empty(width)) if config.class_token else None
+        self.scale_encoding = ScaleEncoding(width) if config.ground_sample_distance_encoding else None
         # only ever added to the class token; apart so that a checkpoint of others goes out as it came in
         self.class_position_D = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.norm_input = nn.LayerNorm(width) if config.input_norm else nn.Identity()
@@ -134,12 +140,19 @@ class VisionEncoder(nn.Module):
             fill_normal(self.pool.query_Kd, std=scale)
             fill_normal(self.pool.key_KdD, std=scale)
 
-    def forward(self, images_BCHW: Tensor, *, keeps_patches: bool = False) -> Tensor:
+    def forward(
+        self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None, *, keeps_patches: bool = False
+    ) -> Tensor:
         """Tokens (B, N, D), class token first if there is one, before the last norm: what cross-attention reads.
 
-        `keeps_patches`: no patch dropout, in training either, for those who need the whole grid.
+        Distances in metres per pixel of these images: None or NaN is unknown and adds nothing. `keeps_patches`: no
+        patch dropout, in training either, for those who need the whole grid.
         """
         patches_BHWD = self.patch_embedding(self._patches(images_BCHW))
+        if self.scale_encoding is not None:
+            if ground_sample_distance_m_B is None:  # run all the same: engines want each parameter in each step
+                ground_sample_distance_m_B = patches_BHWD.new_full((len(patches_BHWD),), torch.nan)
+            patches_BHWD = patches_BHWD + self.scale_encoding(ground_sample_distance_m_B)[:, None, None]
         tokens_BND = (patches_BHWD + self._positions(patches_BHWD)).flatten(1, 2)
         if self.training and self.config.patch_dropout > 0 and not keeps_patches:
             tokens_BND = drop_patches(tokens_BND, self.config.patch_dropout)
@@ -190,11 +203,12 @@ class VisionEncoder(nn.Module):
             return self.projection(self.norm_output(pooled_D))
         return self.projection(self.pool.finish(pooled_D))
 
-    def patch_features(self, images_BCHW: Tensor) -> PatchFeatures:
+    def patch_features(self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None) -> PatchFeatures:
         """Values and pooling scores of every patch on the picture's own grid: the input of smooth attention."""
         size = self.config.patch_size
         grid = (images_BCHW.shape[2] // size, images_BCHW.shape[3] // size)
-        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(self(images_BCHW, keeps_patches=True)))
+        tokens_BND = self(images_BCHW, ground_sample_distance_m_B, keeps_patches=True)
+        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(tokens_BND))
         has_class = self.class_token_D is not None and self.config.pooling != "mean"
         first = 1 if has_class else 0
         scores = None if scores_BKN is None else scores_BKN[:, :, first:].unflatten(2, grid)

@@ -16,14 +16,28 @@ PAD_ID = 0
 
 
 class TokenLoss(NamedTuple):
-    """Sum of the cross-entropies of all non-pad targets, and their number (float, so that ranks can add it)."""
+    """Sum of the losses of all non-pad targets, and their number (float, so that ranks can add it).
+
+    `z_loss_sum`: the sum of log² Z alone, unweighted and without gradient; None where its weight is 0.
+    """
 
     sum: Tensor
     count: Tensor
+    z_loss_sum: Tensor | None = None
 
 
-def vocabulary_loss(hidden_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tensor, chunk_rows: int = 2048) -> TokenLoss:
-    """Cross-entropy of `hidden @ vocabulary.T` against `targets`, summed over the non-pad targets."""
+def vocabulary_loss(
+    hidden_BTD: Tensor,
+    vocabulary_VD: Tensor,
+    targets_BT: Tensor,
+    chunk_rows: int = 2048,
+    z_loss_weight: float = 0.0,
+) -> TokenLoss:
+    """Cross-entropy of `hidden @ vocabulary.T` against `targets`, summed over the non-pad targets.
+
+    `z_loss_weight` adds weight · log² Z for each of them, Z the sum of the exponentials of its logits (PaLM, arXiv
+    2204.02311, section 5): it keeps logits from drifting, which the cross-entropy does not see.
+    """
     kept_N = (targets_BT.flatten() != PAD_ID).nonzero().squeeze(1)
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, kept_N)
     targets_N = targets_BT.flatten().index_select(0, kept_N)
@@ -33,14 +47,21 @@ def vocabulary_loss(hidden_BTD: Tensor, vocabulary_VD: Tensor, targets_BT: Tenso
         dtype = torch.get_autocast_dtype(device_type)
         hidden_ND, vocabulary_VD = hidden_ND.to(dtype), vocabulary_VD.to(dtype)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or vocabulary_VD.requires_grad):
-        total = _ChunkedCrossEntropy.apply(hidden_ND, vocabulary_VD, targets_N, chunk_rows)
-        assert isinstance(total, Tensor)
-        return TokenLoss(total, count)
-    total = torch.zeros((), dtype=_loss_dtype(hidden_ND), device=hidden_ND.device)
+        sums_2 = _ChunkedCrossEntropy.apply(hidden_ND, vocabulary_VD, targets_N, chunk_rows, z_loss_weight)
+        assert isinstance(sums_2, Tensor)
+        return _token_loss(sums_2, count, z_loss_weight)
+    sums_2 = torch.zeros(2, dtype=_loss_dtype(hidden_ND), device=hidden_ND.device)
     for rows_ND, rows_N in zip(hidden_ND.split(chunk_rows), targets_N.split(chunk_rows), strict=True):
-        logits_NV = (rows_ND @ vocabulary_VD.T).to(total.dtype)
-        total = total + F.cross_entropy(logits_NV, rows_N, reduction="sum")
-    return TokenLoss(total, count)
+        logits_NV = (rows_ND @ vocabulary_VD.T).to(sums_2.dtype)
+        sums_2[0] += F.cross_entropy(logits_NV, rows_N, reduction="sum")
+        if z_loss_weight:
+            sums_2[1] += logits_NV.logsumexp(1).square().sum()
+    sums_2[0] += z_loss_weight * sums_2[1]
+    return _token_loss(sums_2, count, z_loss_weight)
+
+
+def _token_loss(sums_2: Tensor, count: Tensor, z_loss_weight: float) -> TokenLoss:
+    return TokenLoss(sums_2[0], count, sums_2[1].detach() if z_loss_weight else None)
 
 
 def _loss_dtype(hidden: Tensor) -> torch.dtype:
@@ -48,29 +69,38 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The two sums (loss with weighted z-loss, z-loss alone); a gradient flows back from the first one only."""
+
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, vocabulary_VD: Tensor, targets_N: Tensor, chunk_rows: int) -> Tensor:
-        total = torch.zeros((), dtype=_loss_dtype(hidden_ND), device=hidden_ND.device)
+    def forward(
+        ctx, hidden_ND: Tensor, vocabulary_VD: Tensor, targets_N: Tensor, chunk_rows: int, z_loss_weight: float
+    ) -> Tensor:
+        sums_2 = torch.zeros(2, dtype=_loss_dtype(hidden_ND), device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND)
         # added up over the chunks in the loss's precision, also where the weights are bfloat16
-        gradient_VD = torch.zeros_like(vocabulary_VD, dtype=total.dtype)
+        gradient_VD = torch.zeros_like(vocabulary_VD, dtype=sums_2.dtype)
         for start in range(0, len(hidden_ND), chunk_rows):
             rows = slice(start, start + chunk_rows)
             targets_R1 = targets_N[rows].unsqueeze(1)
-            logits_RV = (hidden_ND[rows] @ vocabulary_VD.T).to(total.dtype)
+            logits_RV = (hidden_ND[rows] @ vocabulary_VD.T).to(sums_2.dtype)
             log_sum_R1 = logits_RV.logsumexp(1, keepdim=True)
-            total += (log_sum_R1 - logits_RV.gather(1, targets_R1)).sum()
+            sums_2[0] += (log_sum_R1 - logits_RV.gather(1, targets_R1)).sum()
             error_RV = logits_RV.sub_(log_sum_R1).exp_()
+            if z_loss_weight:
+                sums_2[1] += log_sum_R1.square().sum()
+                error_RV.mul_(1 + 2 * z_loss_weight * log_sum_R1)  # d log² Z = 2 log Z softmax
             error_RV.scatter_add_(1, targets_R1, torch.full_like(log_sum_R1, -1.0))
             error_RV = error_RV.to(hidden_ND.dtype)
             gradient_ND[rows] = error_RV @ vocabulary_VD
             gradient_VD += error_RV.T @ hidden_ND[rows]
+        sums_2[0] += z_loss_weight * sums_2[1]
         ctx.save_for_backward(gradient_ND, gradient_VD)
         ctx.vocabulary_dtype = vocabulary_VD.dtype
-        return total
+        return sums_2
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         gradient_ND, gradient_VD = ctx.saved_tensors
-        scaled_ND = gradient_ND * gradients[0].to(gradient_ND.dtype)
-        return scaled_ND, (gradient_VD * gradients[0]).to(ctx.vocabulary_dtype), None, None
+        gradient = gradients[0][0]
+        scaled_VD = (gradient_VD * gradient).to(ctx.vocabulary_dtype)
+        return gradient_ND * gradient.to(gradient_ND.dtype), scaled_VD, None, None, None

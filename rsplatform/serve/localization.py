@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from rasterio.features import shapes
 
-from rsplatform.localize.picture import picture_maps
+from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.smooth_attention import smooth_attention, upsample
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.preprocess import decode_image, resize_crop
@@ -62,7 +62,7 @@ class Localization:
         maps = dict(zip(squares, self._square_maps([pictures[i] for i in squares], texts_CE), strict=True))
         for index, picture in enumerate(pictures):
             if index not in maps:
-                scale = self.embedder.image_size / min(picture.shape[:2])
+                scale = Scale(self.embedder.image_size / min(picture.shape[:2]))
                 maps_CHW = picture_maps(self.embedder, picture, texts_CE, scale=scale, window=self.window)
                 maps[index] = maps_CHW.float().cpu().numpy()
         return [maps[index] for index in range(len(pictures))]

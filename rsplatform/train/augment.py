@@ -60,8 +60,14 @@ def sample_rng(seed: int, step: int, position: int) -> np.random.Generator:
     return np.random.default_rng((seed, step, position))
 
 
-def augment(image_HWC: np.ndarray, size: int, config: Augmentation, caption: str, rng: np.random.Generator):
-    """A (size, size, 3) uint8 view of the square `image_HWC`; the same rng state gives the same pixels."""
+def augment(
+    image_HWC: np.ndarray, size: int, config: Augmentation, caption: str, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """A (size, size, 3) uint8 view of the square `image_HWC`; the same rng state gives the same pixels.
+
+    With it, how many pixels of the picture the side of one of its pixels covers: below 1, it shows more detail.
+    """
+    side = float(len(image_HWC))
     if config.min_crop_area < 1.0:
         side = len(image_HWC) * rng.uniform(config.min_crop_area, 1.0) ** 0.5
         left, top = rng.uniform(0.0, len(image_HWC) - side, size=2)
@@ -70,7 +76,7 @@ def augment(image_HWC: np.ndarray, size: int, config: Augmentation, caption: str
         image_HWC = np.asarray(picture)
     if config.symmetries and not has_direction(caption):
         image_HWC = square_symmetry(image_HWC, int(rng.integers(8)))
-    return image_HWC
+    return image_HWC, side / size
 
 
 def square_symmetry(image_HWC: np.ndarray, index: int) -> np.ndarray:

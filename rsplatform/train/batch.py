@@ -5,13 +5,23 @@ Shapes: B batch, H W pixels, C channels, T tokens.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's share of a global batch: uint8 pictures, int64 token ids (0 = pad) and the sample ids."""
+    """This process's share of a global batch: uint8 pictures, int64 token ids (0 = pad) and the sample ids.
+
+    `ground_sample_distance_m_B` is that of the pixels here, after resizing and cropping; NaN (or None) is unknown.
+    """
 
     images_BHWC: Tensor
     tokens_BT: Tensor
     sample_ids: tuple[str, ...]
+    ground_sample_distance_m_B: Tensor | None = None
+
+    def distances_on(self, device: torch.device) -> Tensor | None:
+        """The ground sample distances on `device`."""
+        distance_m_B = self.ground_sample_distance_m_B
+        return None if distance_m_B is None else distance_m_B.to(device)

@@ -83,9 +83,15 @@ class DeepSpeedEngine:
         """Where the weights are."""
         return self._engine.device
 
-    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        tokens_BT: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+    ) -> MammutOutput:
         """Both passes; stage 3 collects each layer's shards as it goes."""
-        return self._engine(images_BCHW, tokens_BT)
+        return self._engine(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients, averaged over processes while they are made."""

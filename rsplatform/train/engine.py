@@ -37,7 +37,13 @@ class Engine(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput: ...
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        tokens_BT: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+    ) -> MammutOutput: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
@@ -83,9 +89,15 @@ class PlainEngine:
         """Where the weights are."""
         return self._model.log_logit_scale.device
 
-    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        tokens_BT: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+    ) -> MammutOutput:
         """Both passes of the model."""
-        return self._model(images_BCHW, tokens_BT)
+        return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of this process's loss; `step` averages them over processes."""

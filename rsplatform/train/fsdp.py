@@ -87,9 +87,15 @@ class FsdpEngine:
         """Where the weights are."""
         return self._model.log_logit_scale.device
 
-    def forward(self, images_BCHW: Tensor, tokens_BT: Tensor) -> MammutOutput:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        tokens_BT: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+    ) -> MammutOutput:
         """Both passes; each block's shards are collected as it goes."""
-        return self._model(images_BCHW, tokens_BT)
+        return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the own shards, averaged over processes while they are made."""

@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
+from rsplatform.model.preprocess import ImageError, decode_image, resize_crop, resized_ground_sample_distance_m
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.train.augment import Augmentation, augment, pad_tokens, sample_rng
 from rsplatform.train.batch import Batch
@@ -24,13 +24,16 @@ from rsplatform.train.curriculum import RecipeMismatchError
 
 
 class EncodedSample(Protocol):
-    """A picture as bytes, with its id."""
+    """A picture as bytes, with its id and the metres that a pixel of it covers (NaN where unknown)."""
 
     @property
     def id(self) -> str: ...
 
     @property
     def image(self) -> bytes: ...
+
+    @property
+    def ground_sample_distance_m(self) -> float: ...
 
 
 class SampleSource(Protocol):
@@ -64,6 +67,21 @@ class Share:
     world_size: int = 1
 
 
+class Square(NamedTuple):
+    """A decoded picture, cut square and resized, and the metres that a pixel of it covers now."""
+
+    pixels_HWC: np.ndarray
+    ground_sample_distance_m: float
+
+
+class View(NamedTuple):
+    """What one place of a batch gets of its sample."""
+
+    caption: str
+    pixels_HWC: np.ndarray
+    ground_sample_distance_m: float
+
+
 class Loader:
     """Makes the batches of one process. `plan(step)` gives the sample indices of the whole global batch."""
 
@@ -81,7 +99,7 @@ class Loader:
         self.config = config
         self.share = share or Share()
         self._source_size = config.augmentation.source_size(config.image_size)
-        self._cache: dict[int, np.ndarray] = {}
+        self._cache: dict[int, Square] = {}
         self._cache_slots = int(config.cache_gb * 1e9 / (3 * self._source_size**2))
         self._cache_lock = threading.Lock()
 
@@ -120,20 +138,23 @@ class Loader:
         indices = [int(rows[position]) for position in positions]
         squares = self._squares(indices, decoders)
         views = list(decoders.map(self._view, [step] * len(indices), positions, indices, [squares] * len(indices)))
-        captions = [caption for caption, _ in views]
+        captions = [view.caption for view in views]
         return Batch(
-            images_BHWC=torch.from_numpy(np.stack([view_HWC for _, view_HWC in views])),
+            images_BHWC=torch.from_numpy(np.stack([view.pixels_HWC for view in views])),
             tokens_BT=pad_tokens(captions, self.tokenizer, self.config.context_length),
             sample_ids=tuple(self.source.ids[index] for index in indices),
+            ground_sample_distance_m_B=torch.tensor([view.ground_sample_distance_m for view in views]),
         )
 
-    def _view(self, step: int, position: int, index: int, squares: dict[int, np.ndarray]) -> tuple[str, np.ndarray]:
+    def _view(self, step: int, position: int, index: int, squares: dict[int, Square]) -> View:
         rng = sample_rng(self.config.seed, step, position)
         captions = self.source.captions(index)
         caption = captions[int(rng.integers(len(captions)))]
-        return caption, augment(squares[index], self.config.image_size, self.config.augmentation, caption, rng)
+        square, config = squares[index], self.config
+        pixels_HWC, covered = augment(square.pixels_HWC, config.image_size, config.augmentation, caption, rng)
+        return View(caption, pixels_HWC, square.ground_sample_distance_m * covered)
 
-    def _squares(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, np.ndarray]:
+    def _squares(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, Square]:
         """The decoded squares of all `indices`, from the cache or freshly read; the cache never changes pixels."""
         squares = {index: self._cache[index] for index in indices if index in self._cache}
         missing = [index for index in dict.fromkeys(indices) if index not in squares]
@@ -145,8 +166,10 @@ class Loader:
                     self._cache[index] = squares[index]
         return squares
 
-    def _square(self, sample: EncodedSample) -> np.ndarray:
+    def _square(self, sample: EncodedSample) -> Square:
         try:
-            return resize_crop(decode_image(sample.image), self._source_size)
+            image_HWC = decode_image(sample.image)
         except ImageError as error:
             raise ImageError(error.reason, f"sample {sample.id}: {error.detail}") from error
+        size, distance_m = self._source_size, sample.ground_sample_distance_m
+        return Square(resize_crop(image_HWC, size), resized_ground_sample_distance_m(image_HWC, size, distance_m))

@@ -196,7 +196,8 @@ def forward_backward(
     images_BCHW = normalise(batch.images_BHWC.to(engine.device), vision.pixel_mean, vision.pixel_std)
     is_bfloat16 = config.precision == "bfloat16"
     with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=is_bfloat16):
-        output = engine.forward(images_BCHW, tokens_BT)
+        distance_m_B = batch.distances_on(engine.device)
+        output = engine.forward(images_BCHW, tokens_BT, distance_m_B, config.loss.z_loss_weight)
     loss, parts = mammut_loss(output, tokens_BT, config.loss, engine.gather)
     if auxiliary_loss:
         extra, extra_parts = auxiliary_loss(engine.model, step)

@@ -11,6 +11,7 @@ from rsplatform.cluster import TrainPlacement
 from rsplatform.config import Config, InputArtifact, InputPath, StageConfig
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig, mammut_config
+from rsplatform.model.sizes import ModelSize
 from rsplatform.train.augment import Augmentation
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.loader import LoaderConfig
@@ -21,7 +22,7 @@ from rsplatform.train.pretrain import LoopConfig
 class ModelRecipe(Config):
     """A named size and what differs from it: any setting of `mammut_config`, e.g. image_size, vocab_size."""
 
-    size: Literal["mini", "tiny", "small", "so400m"] = "tiny"
+    size: ModelSize = "tiny"
     settings: dict[str, int | float | str | bool] = {}
 
     @model_validator(mode="after")
@@ -67,6 +68,8 @@ class PretrainConfig(StageConfig):
             raise ValueError("`start_from` brings its own tokenizer; leave `tokenizer` out")
         if self.validate_every_steps is not None and self.validation_split is None:
             raise ValueError("validate_every_steps needs a validation_split, e.g. val")
+        if self.model and self.model.mammut_config().logit_bias != (self.loss.contrastive == "sigmoid"):
+            raise ValueError("loss.contrastive: sigmoid and model.settings.logit_bias: true belong together; set both")
         return self
 
     @property

@@ -27,7 +27,9 @@ def validation_losses(
                 tokens_BT = batch.tokens_BT.to(engine.device)
                 images_BHWC = batch.images_BHWC.to(engine.device)
                 images_BCHW = normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)
-                _, parts = mammut_loss(engine.forward(images_BCHW, tokens_BT), tokens_BT, loss)
+                distance_m_B = batch.distances_on(engine.device)
+                output = engine.forward(images_BCHW, tokens_BT, distance_m_B, loss.z_loss_weight)
+                _, parts = mammut_loss(output, tokens_BT, loss)
                 for name in ("loss", "contrastive", "caption"):
                     sums[name] = sums.get(name, 0.0) + float(parts[name])
     finally:

@@ -20,11 +20,14 @@ NUM_STEPS, BATCH_SIZE = 4, 8
 OPTIMIZER = OptimizerConfig(eps=1e-4, gradient_clip=0.5)
 
 
-def make_engine(kind: str):
+def make_engine(kind: str, loss: LossConfig):
+    """Beside the sigmoid loss, a model that is told its pictures' scale: every option that adds a parameter."""
+    is_sigmoid = loss.contrastive == "sigmoid"
+    model = tiny_model(logit_bias=is_sigmoid, ground_sample_distance_encoding=is_sigmoid)
     if kind == "plain":
-        return PlainEngine(tiny_model(), OPTIMIZER, gather_of_default_group())
+        return PlainEngine(model, OPTIMIZER, gather_of_default_group())
     world_size = dist.get_world_size()
-    return DeepSpeedEngine(tiny_model(), OPTIMIZER, batch_size=BATCH_SIZE // world_size, zero_stage=int(kind[-1]))
+    return DeepSpeedEngine(model, OPTIMIZER, batch_size=BATCH_SIZE // world_size, zero_stage=int(kind[-1]))
 
 
 def train(kind: str, loss: LossConfig, kind_after: str | None = None) -> dict[str, torch.Tensor]:
@@ -42,7 +45,7 @@ def train(kind: str, loss: LossConfig, kind_after: str | None = None) -> dict[st
     halves = [kind, kind_after] if kind_after else [kind]
     for half, name in enumerate(halves, 1):
         config = LoopConfig(NUM_STEPS * half // len(halves), seed=3, loss=loss, report_every_steps=1)
-        fit(make_engine(name), tiny_loader(share).batches, lambda step: 1e-3, config, hooks, *saved)
+        fit(make_engine(name, loss), tiny_loader(share).batches, lambda step: 1e-3, config, hooks, *saved)
     return saved[0][0] | {"losses": torch.tensor([losses[step] for step in sorted(losses)])}
 
 
@@ -54,7 +57,11 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         )
 
 
-LOSSES = {"softmax": LossConfig(), "focal": LossConfig("focal_sigmoid", caption_weight=2.0)}
+LOSSES = {
+    "softmax": LossConfig(),
+    "focal": LossConfig("focal_sigmoid", caption_weight=2.0),
+    "sigmoid": LossConfig("sigmoid", z_loss_weight=1e-2),
+}
 CROSSINGS = (("zero1", "plain"), ("plain", "zero1"), ("zero2", "zero3"), ("zero3", "zero2"), ("zero0", "zero0"))
 
 
@@ -62,6 +69,7 @@ def train_all(kinds: tuple[str, ...], crossings: tuple[tuple[str, str], ...]) ->
     """All in one set of processes: importing DeepSpeed costs more than the training."""
     results = {f"plain, {name}": train("plain", loss) for name, loss in LOSSES.items()}
     results |= {kind: train(kind, LossConfig()) for kind in kinds}
+    results |= {f"{kind}, sigmoid": train(kind, LOSSES["sigmoid"]) for kind in kinds}
     results |= {f"{first} then {second}": train(first, LossConfig(), second) for first, second in crossings}
     return {f"{case}|{name}": value for case, tensors in results.items() for name, value in tensors.items()}
 
@@ -80,9 +88,10 @@ def test_every_engine_and_world_size_trains_the_same_model(tmp_path: Path, world
     ranks = run_processes(world_size, tmp_path, train_all, ("zero0", "zero1", "zero2", "zero3"), crossings)
     for tensors in ranks:
         cases = cases_of(tensors)
-        assert len(cases) == 6 + len(crossings)
+        assert len(cases) == 11 + len(crossings)
         for case, actual in cases.items():
-            assert_same(actual, single["focal" if "focal" in case else "softmax"], 1e-5)
+            name = case.partition(", ")[2]
+            assert_same(actual, single[name or "softmax"], 1e-5)
 
 
 def test_deepspeed_without_a_process_group_says_so() -> None:

@@ -32,24 +32,29 @@ class Case(NamedTuple):
     above: float = 0.0
 
 
-CASES = {"softmax": Case(), "focal_sigmoid": Case(LossConfig("focal_sigmoid", caption_weight=2.0), above=2.0)}
+CASES = {
+    "softmax": Case(),
+    "focal_sigmoid": Case(LossConfig("focal_sigmoid", caption_weight=2.0), above=2.0),
+    "sigmoid": Case(LossConfig("sigmoid", z_loss_weight=1e-2)),
+}
 
 
-def make_model(above: float = 0.0) -> Mammut:
+def make_model(case: Case = CASES["softmax"]) -> Mammut:
     """Every kind of part: blocks without MLP, cross-attention with one, a pooling with parameters of its own."""
     sizes = {"text_num_layers": 3, "self_mlp_before_cross": False, "cross_mlp": True, "vision_pooling": "map"}
+    sizes |= {"logit_bias": case.loss.contrastive == "sigmoid", "ground_sample_distance_encoding": True}
     model = tiny_model(**sizes).double()
     with torch.no_grad():
-        model.log_logit_scale.add_(above)
+        model.log_logit_scale.add_(case.above)
     return model
 
 
-def make_engine(kind: str, above: float = 0.0) -> Engine:
+def make_engine(kind: str, case: Case = CASES["softmax"]) -> Engine:
     """plain; fsdp; fsdp/2: two processes to a copy of the model."""
     if kind == "plain":
-        return PlainEngine(make_model(above), OPTIMIZER, gather_of_default_group())
+        return PlainEngine(make_model(case), OPTIMIZER, gather_of_default_group())
     shard_size = kind.partition("/")[2]
-    return FsdpEngine(make_model(above), OPTIMIZER, shard_size=int(shard_size) if shard_size else None)
+    return FsdpEngine(make_model(case), OPTIMIZER, shard_size=int(shard_size) if shard_size else None)
 
 
 def own_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,10 +69,19 @@ def own_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images_BCHW[rank::world_size], tokens_BT[rank::world_size]
 
 
+def own_distances(step: int) -> torch.Tensor | None:
+    """Ground sample distances of this process's rows; at four processes, one knows none, and step 2 has none."""
+    distance_m_B = torch.linspace(0.3, 9.0, BATCH_SIZE, dtype=torch.float64)
+    distance_m_B[1::4] = torch.nan
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return None if step == 2 else distance_m_B[rank::world_size]
+
+
 def one_step(engine: Engine, step: int, loss: LossConfig) -> torch.Tensor:
     """The step's losses, logit scale and gradient norm, over all processes."""
     images_BCHW, tokens_BT = own_batch(step)
-    value, parts = mammut_loss(engine.forward(images_BCHW, tokens_BT), tokens_BT, loss, engine.gather)
+    output = engine.forward(images_BCHW, tokens_BT, own_distances(step), loss.z_loss_weight)
+    value, parts = mammut_loss(output, tokens_BT, loss, engine.gather)
     engine.backward(value)
     values_K = torch.stack([part.double() for part in parts.values()])
     if engine.gather is not None:
@@ -77,7 +91,7 @@ def one_step(engine: Engine, step: int, loss: LossConfig) -> torch.Tensor:
 
 def train(kind: str, case: Case = CASES["softmax"], end: int = NUM_STEPS, given: State | None = None) -> State:
     """The state at `end`, from step 0 or from a given state, and under "rows" what each step gave."""
-    engine = make_engine(kind, case.above)
+    engine = make_engine(kind, case)
     if given is not None:
         engine.load_state(given)
     start = 0 if given is None else int(given["num_steps"])

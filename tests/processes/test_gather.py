@@ -15,15 +15,23 @@ WORLD_SIZE = 2
 
 
 def loss_configs() -> list[LossConfig]:
-    return [LossConfig(), LossConfig(mask_identical_texts=False), LossConfig("focal_sigmoid", caption_weight=2.0)]
+    return [
+        LossConfig(),
+        LossConfig(mask_identical_texts=False),
+        LossConfig("focal_sigmoid", caption_weight=2.0),
+        LossConfig("sigmoid"),
+        LossConfig("sigmoid", mask_identical_texts=False, z_loss_weight=0.1),
+    ]
 
 
-def model_and_batch() -> tuple[Mammut, torch.Tensor, torch.Tensor]:
+def model_and_batch(loss: LossConfig) -> tuple[Mammut, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     sides = {
         f"{part}_{name}": value for part in ("vision", "text") for name, value in (("width", 16), ("mlp_width", 24))
     }
-    config = mammut_config("mini", image_size=16, vocab_size=20, context_length=8, **sides)
+    config = mammut_config(
+        "mini", image_size=16, vocab_size=20, context_length=8, **sides, logit_bias=loss.contrastive == "sigmoid"
+    )
     tokens_BT = torch.randint(3, 20, (6, 7))
     tokens_BT[0, 3:] = 0  # the two halves have different numbers of caption tokens
     tokens_BT[5] = tokens_BT[1]  # one text stands in both halves
@@ -37,9 +45,11 @@ def gradients_of_rank(rank: int, folder: str) -> None:
     gather = FeatureGather.of_group()
     results = []
     for config in loss_configs():
-        model, images_BCHW, tokens_BT = model_and_batch()
+        model, images_BCHW, tokens_BT = model_and_batch(config)
         own = slice(rank * 3, rank * 3 + 3)
-        loss, parts = mammut_loss(model(images_BCHW[own], tokens_BT[own]), tokens_BT[own], config, gather)
+        loss, parts = mammut_loss(
+            model(images_BCHW[own], tokens_BT[own], z_loss_weight=config.z_loss_weight), tokens_BT[own], config, gather
+        )
         loss.backward()
         for parameter in model.parameters():
             assert parameter.grad is not None
@@ -55,8 +65,8 @@ def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     spawn(gradients_of_rank, args=(str(tmp_path),), nprocs=WORLD_SIZE)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for config, (gradients, mean_loss) in zip(loss_configs(), results, strict=True):
-        model, images_BCHW, tokens_BT = model_and_batch()
-        loss, _ = mammut_loss(model(images_BCHW, tokens_BT), tokens_BT, config)
+        model, images_BCHW, tokens_BT = model_and_batch(config)
+        loss, _ = mammut_loss(model(images_BCHW, tokens_BT, z_loss_weight=config.z_loss_weight), tokens_BT, config)
         loss.backward()
         torch.testing.assert_close(mean_loss, loss.detach(), rtol=1e-12, atol=1e-12)
         for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):

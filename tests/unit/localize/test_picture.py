@@ -1,5 +1,7 @@
 """Tiles fit every model and window, and a map covers exactly its picture, whatever the picture's size."""
 
+import itertools
+
 import bright_embedder
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from rsplatform.config import ConfigError, validate
 from rsplatform.evaluate.run import EvaluateConfig
 from rsplatform.evaluate.segmentation import decide
-from rsplatform.localize.picture import BATCH_TILES, picture_maps, tiling
+from rsplatform.localize.picture import BATCH_TILES, Scale, picture_maps, tiling
 from rsplatform.localize.run import LocalizeConfig
 from rsplatform.localize.scene import Tiling
 from rsplatform.localize.self_train import SelfTrainConfig
@@ -20,12 +22,13 @@ from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.serve.deployment import ServeConfig
 
 
-def tiny(native_patches: int, patch_size: int = 8) -> Embedder:
+def tiny(native_patches: int, patch_size: int = 8, **settings) -> Embedder:
     """A random small embedder whose own picture is `native_patches` patches a side."""
     torch.manual_seed(0)
     narrow = {f"{part}_{name}": 32 for part in ("vision", "text") for name in ("width", "mlp_width")}
     sizes = {"image_size": native_patches * patch_size, "patch_size": patch_size, "vision_num_layers": 1}
-    return Embedder(Mammut(mammut_config("mini", vocab_size=300, **sizes, **narrow)), Tokenizer.train(["a field"], 280))
+    config = mammut_config("mini", vocab_size=300, **sizes, **narrow, **settings)
+    return Embedder(Mammut(config), Tokenizer.train(["a field"], 280))
 
 
 @pytest.mark.parametrize("native_patches", [1, 2, 4, 8, 14])
@@ -53,6 +56,21 @@ def test_models_with_few_patches_are_tiled_too(native_patches: int, patch_size: 
     assert maps_CHW.shape == (2, 12, 15) and maps_CHW.isfinite().all() and maps_CHW.abs().max() <= 1 + 1e-5
 
 
+def test_the_scale_of_the_model_reaches_every_tile() -> None:
+    told = tiny(8, ground_sample_distance_encoding=True)
+    encoding = told.model.vision.scale_encoding
+    assert encoding is not None
+    with torch.no_grad():
+        encoding.weight_DF.normal_(generator=torch.Generator().manual_seed(0))
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    texts_CE = torch.from_numpy(told.embed_texts(["a field", "water"]))
+    maps = [picture_maps(told, image, texts_CE, scale=Scale(1.0, metres)) for metres in (float("nan"), 0.5, 5.0)]
+    assert all((one - other).abs().max() > 1e-3 for one, other in itertools.combinations(maps, 2))
+    features = told.patch_features(torch.from_numpy(image)[None], 5.0)
+    whole = smooth_attention(features.values_BHWD, texts_CE, head=told.head, scores_BHW=features.scores_BKHW)[0]
+    torch.testing.assert_close(maps[2], whole, atol=1e-6, rtol=0)
+
+
 def test_narrower_windows_share_the_patches_of_the_wide_one() -> None:
     """Each map is what smooth attention gives in one tile, and the picture is encoded once for all windows."""
     embedder = tiny(8)
@@ -61,7 +79,9 @@ def test_narrower_windows_share_the_patches_of_the_wide_one() -> None:
     texts_CE = torch.from_numpy(embedder.embed_texts(["a field", "water"]))
     features = embedder.patch_features(torch.from_numpy(image)[None])
     encoded, plain = [], embedder.patch_features
-    embedder.patch_features = lambda images_BHWC: encoded.append(len(images_BHWC)) or plain(images_BHWC)
+    embedder.patch_features = lambda images_BHWC, **known: (
+        encoded.append(len(images_BHWC)) or plain(images_BHWC, **known)
+    )
     maps_CHW = picture_maps(embedder, image, texts_CE, window=5, narrower=[1, 3])
     assert encoded == [1]
     for first, window in ((0, 5), (2, 1), (4, 3)):
@@ -94,7 +114,7 @@ def test_labels_lie_where_the_picture_is_bright(height: int, width: int, scale: 
     row, column = height - 16.0, width - 16.0
     image = spot_picture(height, width, row, column)
     embedder = bright_embedder.bright_embedder()
-    maps_CHW = picture_maps(embedder, image, bright_embedder.bright_and_dark_texts(), scale=scale, window=1)
+    maps_CHW = picture_maps(embedder, image, bright_embedder.bright_and_dark_texts(), scale=Scale(scale), window=1)
     assert maps_CHW.shape[1:] == (max(1, round(height * scale / 8)), max(1, round(width * scale / 8)))
     labels_HW = decide(maps_CHW, [0, 1], (height, width))
     found_rows, found_columns = np.nonzero(labels_HW == 1)

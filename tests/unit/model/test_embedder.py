@@ -10,7 +10,7 @@ from PIL import Image
 
 from rsplatform.model.embedder import Embedder, driver_device, granted_device
 from rsplatform.model.mammut import Mammut, mammut_config
-from rsplatform.model.preprocess import ImageError
+from rsplatform.model.preprocess import ImageError, resize_crop
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.vision_encoder import pool_values
 from rsplatform.model.weights import save_model
@@ -18,11 +18,11 @@ from rsplatform.model.weights import save_model
 TEXTS = ["fields", "an aerial image of a harbour with many boats", "", "roads and fields"]
 
 
-def embedder(pooling: str = "map") -> Embedder:
+def embedder(pooling: str = "map", **settings) -> Embedder:
     torch.manual_seed(0)
     narrow = {f"{part}_{name}": 32 for part in ("vision", "text") for name in ("width", "mlp_width")}
     options = {"vision_num_layers": 2, "vision_pooling": pooling, "cropped_positions": True}
-    config = mammut_config("mini", vocab_size=300, image_size=32, **narrow, **options)
+    config = mammut_config("mini", vocab_size=300, image_size=32, **narrow, **options, **settings)
     return Embedder(Mammut(config), Tokenizer.train(TEXTS, 280), batch_size=2)
 
 
@@ -64,6 +64,27 @@ def test_pooling_all_patches_gives_the_image_embedding(pooling):
     assert model.patch_features(torch.zeros(2, 48, 64, 3, dtype=torch.uint8)).values_BHWD.shape[:3] == (2, 6, 8)
     with pytest.raises(ValueError, match="patches"):
         model.patch_features(torch.zeros(1, 30, 32, 3, dtype=torch.uint8))
+
+
+def test_distances_are_those_of_the_pixels_that_the_model_sees():
+    told = embedder(ground_sample_distance_encoding=True)
+    encoding = told.model.vision.scale_encoding
+    assert encoding is not None
+    with torch.no_grad():
+        encoding.weight_DF.normal_(generator=torch.Generator().manual_seed(0))
+    unknown, wide = told.embed_images(pictures()), pictures()[1]
+    known = told.embed_images(pictures(), [0.5, 2.0, float("nan")])
+    np.testing.assert_allclose(known[2], unknown[2], atol=1e-6)
+    assert (np.abs(known - unknown).max(axis=1)[:2] > 1e-3).all()
+    # 50 pixels of 2 m on the shorter side become 32 of 3.125 m
+    square = told.embed_images([resize_crop(wide, 32)], [50 * 2.0 / 32])
+    np.testing.assert_allclose(known[1:2], square, atol=1e-5)
+    features = told.patch_features(torch.from_numpy(pictures()[0])[None], 0.5)
+    assert features.scores_BKHW is not None
+    pooled_BD = pool_values(features.values_BHWD.flatten(1, 2), features.scores_BKHW.flatten(2))
+    np.testing.assert_allclose(told.head(pooled_BD).numpy(), known[:1], atol=1e-5)
+    with pytest.raises(ValueError, match="argument"):
+        told.embed_images(pictures(), [0.5])
 
 
 def test_a_model_in_training_is_embedded_as_in_evaluation_and_stays_in_training():

@@ -54,8 +54,6 @@ def test_unknown_keys_name_the_nearest_valid_one():
     del mapping["vision"]["patchsize"], mapping["text"]["vocab_size"]
     with pytest.raises(ConfigKeyError, match="text.*'vocab_size' is missing"):
         MammutConfig.from_dict(mapping)
-    with pytest.raises(ValueError, match="huge.*mini, tiny, small, so400m"):
-        mammut_config("huge")
 
 
 def test_the_papers_size_has_400_million_parameters_on_each_side():
@@ -124,6 +122,15 @@ def test_the_logit_scale_starts_at_one_over_0_07_and_stops_at_100_but_can_come_b
     model.log_logit_scale.grad = None
     (-model.logit_scale()).backward()  # descent would raise it further: stopped
     assert model.log_logit_scale.grad is not None and not model.log_logit_scale.grad.any()
+
+
+def test_only_a_model_for_the_sigmoid_loss_has_a_bias_and_starts_where_siglip_does():
+    assert "logit_bias" not in small_model().state_dict()
+    model = small_model(logit_bias=True)
+    output = model(*some_batch())
+    assert output.logit_bias is not None and model.config.to_dict()["logit_bias"] is True
+    assert (output.logit_scale.item(), output.logit_bias.item()) == (pytest.approx(10.0), -10.0)
+    assert output.logit_bias.ndim == 0 and all(parameter.ndim for parameter in model.parameters())
 
 
 def test_a_fresh_model_starts_near_chance():

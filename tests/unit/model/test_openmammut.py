@@ -68,7 +68,20 @@ def test_an_architecture_that_the_layout_cannot_hold_is_refused(tmp_path):
     ours = Mammut(mammut_config("mini", image_size=32, patch_size=8, vocab_size=64))
     with pytest.raises(WeightsError, match=r"cannot hold (vision|text)\.\w+"):
         save_openmammut(tmp_path / "model.safetensors", ours)
+    told = mammut_config("openmammut_S", ground_sample_distance_encoding=True, vocab_size=64, vision_num_layers=1)
+    with pytest.raises(WeightsError, match=r"cannot hold vision\.ground_sample_distance_encoding"):
+        save_openmammut(tmp_path / "model.safetensors", Mammut(told))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_logit_bias_comes_in_and_goes_out(conformance, tmp_path):
+    config, weights, _ = parts(conformance)
+    save_file(weights | {"logit_bias": torch.tensor(-9.5)}, tmp_path / "sigmoid.safetensors")
+    model, found = load_openmammut(tmp_path / "sigmoid.safetensors", config)
+    assert found.logit_bias and model.logit_bias is not None and model.logit_bias.tolist() == [-9.5]
+    save_openmammut(tmp_path / "out.safetensors", model)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["logit_bias"], torch.tensor(-9.5))
+    assert load_openmammut(tmp_path / "out.safetensors")[1] == found
 
 
 @torch.no_grad()

@@ -27,6 +27,11 @@ def assert_same_batches(first, second) -> None:
         assert one.sample_ids == other.sample_ids
         assert torch.equal(one.images_BHWC, other.images_BHWC)
         assert torch.equal(one.tokens_BT, other.tokens_BT)
+        assert_same_distances(one, other.ground_sample_distance_m_B)
+
+
+def assert_same_distances(batch, expected_m_B: torch.Tensor) -> None:
+    torch.testing.assert_close(batch.ground_sample_distance_m_B, expected_m_B, equal_nan=True, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,7 @@ def test_ranks_share_the_global_batch() -> None:
         for rank in range(4):
             assert shares[rank][step].sample_ids == batch.sample_ids[rank::4]
             assert torch.equal(shares[rank][step].images_BHWC, batch.images_BHWC[rank::4])
+            assert_same_distances(shares[rank][step], batch.ground_sample_distance_m_B[rank::4])
 
 
 def test_every_sample_is_seen_once_an_epoch() -> None:
@@ -107,10 +113,36 @@ def test_captions_with_directions_keep_their_picture_upright() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     config = Augmentation()
     for position in range(20):
-        view = augment(picture, IMAGE_SIZE, config, "a road in the north", sample_rng(0, 0, position))
+        view, _ = augment(picture, IMAGE_SIZE, config, "a road in the north", sample_rng(0, 0, position))
         assert (view == picture).all()
-    views = {augment(picture, IMAGE_SIZE, config, "a road", sample_rng(0, 0, p)).tobytes() for p in range(60)}
+    views = {augment(picture, IMAGE_SIZE, config, "a road", sample_rng(0, 0, p))[0].tobytes() for p in range(60)}
     assert len(views) == 8
+
+
+def test_a_view_covers_as_much_ground_as_it_says() -> None:
+    """On a ramp, brightness per pixel tells how far apart the view's pixels were in the picture."""
+    ramp_HWC = np.repeat(np.repeat(np.arange(80, dtype=np.uint8)[None, :, None] * 3, 80, axis=0), 3, axis=2)
+    covered = []
+    for position in range(20):
+        rng = sample_rng(0, 0, position)
+        view_HWC, pixels = augment(ramp_HWC, 64, Augmentation(False, min_crop_area=0.2), "a road", rng)
+        slope = np.polyfit(np.arange(4, 60), view_HWC[32, 4:60, 0].astype(float), 1)[0]
+        assert slope == pytest.approx(3 * pixels, rel=0.01)
+        covered.append(pixels)
+    assert 0.2**0.5 * 80 / 64 <= min(covered) < 0.75 < max(covered) <= 80 / 64
+
+
+def test_a_batchs_distances_are_those_of_its_pixels() -> None:
+    """20 px pictures: resized to 16 whole, or to 20 and cropped to 16; some scales are unknown."""
+    whole = batches_of(tiny_loader(augmentation=Augmentation()), 0, 3)
+    cropped = batches_of(tiny_loader(augmentation=Augmentation(min_crop_area=0.7)), 0, 3)
+    for one, other in zip(whole, cropped, strict=True):
+        own_m_B = torch.tensor([TinyStore.distance_m(int(name.removeprefix("sample-"))) for name in one.sample_ids])
+        assert own_m_B.isnan().any() and not own_m_B.isnan().all()
+        assert_same_distances(one, own_m_B * 20 / 16)
+        shrunk_B = (other.ground_sample_distance_m_B / one.ground_sample_distance_m_B)[~own_m_B.isnan()]
+        assert (shrunk_B >= 0.7**0.5).all() and (shrunk_B <= 1).all() and len(shrunk_B.unique()) > 1
+        assert (other.ground_sample_distance_m_B.isnan() == own_m_B.isnan()).all()
 
 
 def test_tokens_are_padded_to_a_multiple_of_eight_within_the_context() -> None:

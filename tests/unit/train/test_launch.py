@@ -90,6 +90,9 @@ def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:
         ({"augmentation": {"symetries": True}}, "did you mean 'symmetries'"),
         ({"model": {"size": "mini", "settings": {"imag_size": 32}}}, "did you mean 'image_size'"),
         ({"phases": []}, "at least 1"),
+        ({"loss": {"contrastive": "sigmoid"}}, "belong together; set both"),
+        ({"model": {"size": "mini", "settings": {"logit_bias": True}}}, "belong together; set both"),
+        ({"model": {"size": "openmammut"}}, "openmammut_S"),
     ],
 )
 def test_bad_recipes_are_refused_at_load(changes: dict, words: str) -> None:

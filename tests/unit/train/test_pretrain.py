@@ -135,6 +135,26 @@ def test_validation_is_repeatable_and_leaves_the_model_training() -> None:
     assert engine.model.training
 
 
+def options_model(seed: int = 0):
+    return tiny_model(seed, logit_bias=True, ground_sample_distance_encoding=True)
+
+
+def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> None:
+    """What the loader knows of the pictures' scale reaches the model, and the loss's weights reach its forward."""
+    loss = LossConfig("sigmoid", z_loss_weight=1e-2)
+    engine, reports = PlainEngine(options_model(), OptimizerConfig()), []
+    before = validation_losses(engine, tiny_loader().batches, 2, loss)
+    hooks = Hooks(lambda metrics, step: reports.append(metrics), lambda tensors, progress: None)
+    fit(engine, tiny_loader().batches, lambda step: 2e-3, LoopConfig(30, loss=loss, report_every_steps=30), hooks)
+    after = validation_losses(engine, tiny_loader().batches, 2, loss)
+    assert set(before) == {"val_loss", "val_contrastive", "val_caption"}
+    assert all(after[name] < before[name] for name in before)
+    assert {"logit_bias", "z_loss"} <= set(reports[0])
+    learned, start = engine.model.state_dict(), options_model().state_dict()
+    for name in ("logit_bias", "vision.scale_encoding.weight_DF"):
+        assert not torch.equal(learned[name], start[name])
+
+
 def test_only_the_newest_checkpoints_are_kept_and_damage_is_named(tmp_path: Path) -> None:
     folder = CheckpointFolder(str(tmp_path), keep_last=2)
     for step in (1, 2, 3):
