@@ -6,6 +6,7 @@ and endpoint come from the standard AWS environment (AWS_ENDPOINT_URL_S3, AWS_RE
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from functools import cache
@@ -21,6 +22,9 @@ import pyarrow.fs as pafs
 class StorageError(OSError):
     """A place that cannot be read or written; the message names the place and the remedy."""
 
+
+# The names that `write_bytes` gives to files it has not finished.
+_TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp$")
 
 # How libraries say that a disk takes no more bytes: Lance and safetensors by number, SQLite in prose.
 _REFUSALS = {
@@ -176,7 +180,7 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write `data` so that a reader sees the old file or the whole new one, never a part."""
     system, path = filesystem(uri)
     if is_s3(uri):  # an S3 PUT is atomic by itself
@@ -195,6 +199,14 @@ def write_bytes(uri: str, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"{uri}: cannot write ({error.strerror}); free or remount the disk") from error
+
+
+def delete_temporaries(uri: str) -> None:
+    """Remove what killed writers of `write_bytes` left anywhere below `uri`; nobody may be writing there."""
+    system, path = filesystem(uri)
+    for relative in list_files(uri):
+        if _TEMPORARY.search(relative):
+            system.delete_file(f"{path}/{relative}")
 
 
 def read_json(uri: str) -> Any:

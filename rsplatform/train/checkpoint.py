@@ -1,16 +1,21 @@
 """Checkpoints of a training run: one safetensors file each, on a local path or S3, whole or not there at all.
 
-In: named tensors and the progress. Out: the newest checkpoint, or None. Never a pickle. The random state is not
-stored: it is a function of (seed, step). Does not decide when to save. Whole states only: a sharded format for
-models that do not fit one host is not here.
+In: named tensors and the progress. Out: the newest checkpoint, the best one, or None. Never a pickle. The random
+state is not stored: it is a function of (seed, step). `HostImage` and `BackgroundWriter` let the training go on
+while the bytes travel. Does not decide when to save. Whole states only: a sharded format for models that do not fit
+one host is not here. Shapes: N bytes.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -19,10 +24,42 @@ from rsplatform.train.pretrain import Progress
 
 _NAME = re.compile(r"^step_(\d{8})\.safetensors$")
 _PROGRESS_KEY = "progress"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class KeepBest:
+    """The checkpoint with the lowest (`min`) or highest `metric` of the validation stays beside the newest ones.
+
+    `export` says which of the two becomes the artifact's model/.
+    """
+
+    metric: str = "val_contrastive"
+    mode: Literal["min", "max"] = "min"
+    export: Literal["best", "last"] = "best"
+
+    def step(self, history: Sequence[Mapping[str, float]], steps: Collection[int]) -> int | None:
+        """Of `steps`, the one whose row of the history is best, the earliest of equals; None if none was measured."""
+        sign = 1 if self.mode == "min" else -1
+        measured = [
+            (sign * row[self.metric], int(row["step"]))
+            for row in history
+            if self.metric in row and row["step"] in steps and math.isfinite(row[self.metric])
+        ]
+        return min(measured)[1] if measured else None
 
 
 @dataclass(frozen=True)
@@ -34,12 +71,19 @@ class CheckpointFolder:
 
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write the checkpoint of `progress.step`, then remove those beyond `keep_last`."""
-        own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        data = safetensors.torch.save(own, metadata={_PROGRESS_KEY: json.dumps(asdict(progress))})
-        storage.write_bytes(self._path(progress.step), data)
+        self.write(HostImage().fill(tensors, progress), progress.step)
+        self.prune()
+
+    def write(self, data: memoryview, step: int) -> None:
+        """Put a `HostImage` under the name of its step."""
+        storage.write_bytes(self._path(step), data)
+
+    def prune(self, keep: Collection[int] = ()) -> None:
+        """Remove the checkpoints beyond `keep_last`, except those of the steps in `keep`."""
         for step in self.steps()[: -self.keep_last]:
-            system, path = storage.filesystem(self._path(step))
-            system.delete_file(path)
+            if step not in keep:
+                system, path = storage.filesystem(self._path(step))
+                system.delete_file(path)
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending; files still being written do not count."""
@@ -53,9 +97,16 @@ class CheckpointFolder:
             CheckpointError: the file is damaged.
         """
         steps = self.steps()
-        if not steps:
-            return None
-        path = self._path(steps[-1])
+        return self.load(steps[-1]) if steps else None
+
+    def load(self, step: int) -> tuple[dict[str, Tensor], Progress]:
+        """Tensors and progress of one checkpoint.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            FileNotFoundError: there is no checkpoint of that step.
+        """
+        path = self._path(step)
         data = storage.read_bytes(path)
         try:
             tensors = safetensors.torch.load(data)
@@ -69,3 +120,62 @@ class CheckpointFolder:
 
     def _path(self, step: int) -> str:
         return f"{self.uri}/step_{step:08d}.safetensors"
+
+
+class HostImage:
+    """The bytes of a checkpoint's file in host memory, which the training cannot change any more.
+
+    Laid out here, not by the safetensors library, which would copy everything twice more and hold the interpreter's
+    lock meanwhile. The memory is kept from one checkpoint to the next: its first touch costs more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._bytes_N = torch.empty(0, dtype=torch.uint8)
+
+    def fill(self, tensors: Mapping[str, Tensor], progress: Progress) -> memoryview:
+        """Copy the state out of the model and its optimizer. What the call before returned is overwritten."""
+        header: dict[str, Any] = {"__metadata__": {_PROGRESS_KEY: json.dumps(asdict(progress))}}
+        end = 0
+        # wide numbers first, so that each lies at a multiple of its size
+        for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+            begin, end = end, end + value.numel() * value.element_size()
+            header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        if len(self._bytes_N) < start + end:
+            self._bytes_N = torch.empty(start + end + 4096, dtype=torch.uint8)  # a later header may be longer
+        view = self._bytes_N.numpy().data[: start + end]
+        view[:8] = len(text).to_bytes(8, "little")
+        view[8:start] = text
+        data_N = self._bytes_N[start : start + end]
+        for name, value in tensors.items():
+            begin, end = header[name]["data_offsets"]
+            data_N[begin:end].view(value.dtype).view(value.shape).copy_(value.detach())
+        return view
+
+
+class BackgroundWriter:
+    """Does pieces of writing in a thread of its own, one at a time. Python waits for that thread when it exits."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Return when the last piece is written; raises what went wrong with it, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Wait as above, then run `write` beside the caller."""
+        self.wait()
+        self._pending = self._thread.submit(write)
+
+    def close(self) -> None:
+        """Wait as above, then end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()

@@ -49,8 +49,10 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
         prepare_tokenizer(config, cluster, stage.artifact.uri)
         job = WorkerJob(config, cluster.root, stage.artifact.uri, cluster.train, stage.run)
         progress = launch(job, cluster)
-        export_model(job)
+        exported_step = export_model(job)
         _describe(stage, config, progress)
+        if config.keep_best is not None:
+            stage.counts["exported_step"] = exported_step
     return stage.artifact
 
 
@@ -127,19 +129,27 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
     return outcome
 
 
-def export_model(job: WorkerJob) -> None:
-    """Write model/ from the last checkpoint: the moving average of the weights if there is one, else the weights."""
-    saved = job.checkpoints.latest()
-    if saved is None:
-        raise RuntimeError(f"{job.checkpoints.uri}: training ended without a checkpoint")
-    tensors, _ = saved
+def export_model(job: WorkerJob) -> int:
+    """Write model/ from the last checkpoint, or the best if the recipe says so; returns its step.
+
+    What is written is the moving average of the weights if there is one, else the weights.
+    """
+    checkpoints, keep_best = job.checkpoints, job.config.keep_best
+    steps = checkpoints.steps()
+    if not steps:
+        raise RuntimeError(f"{checkpoints.uri}: training ended without a checkpoint")
+    step = steps[-1]
+    if keep_best is not None and keep_best.export == "best":
+        step = keep_best.step(read_history(job.folder), steps) or step
+    tensors, _ = checkpoints.load(step)
     prefix = EMA if job.config.ema_decay is not None else MODEL
     weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     config = initial_model(job.config, job.root).config
-    model = model_from_tensors(config, weights, job.checkpoints.uri)
+    model = model_from_tensors(config, weights, checkpoints.uri)
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, load_tokenizer(job.folder))
         storage.upload_folder(Path(folder), f"{job.folder}/model")
+    return step
 
 
 def _describe(stage: Stage, config: PretrainConfig, progress: Progress) -> None:

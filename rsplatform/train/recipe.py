@@ -13,6 +13,7 @@ from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig, mammut_config
 from rsplatform.model.sizes import ModelSize
 from rsplatform.train.augment import Augmentation
+from rsplatform.train.checkpoint import KeepBest
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.loader import LoaderConfig
 from rsplatform.train.optimizer import OptimizerConfig
@@ -59,6 +60,7 @@ class PretrainConfig(StageConfig):
     validate_every_steps: int | None = Field(default=None, ge=1)
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    keep_best: KeepBest | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> "PretrainConfig":
@@ -70,6 +72,18 @@ class PretrainConfig(StageConfig):
             raise ValueError("validate_every_steps needs a validation_split, e.g. val")
         if self.model and self.model.mammut_config().logit_bias != (self.loss.contrastive == "sigmoid"):
             raise ValueError("loss.contrastive: sigmoid and model.settings.logit_bias: true belong together; set both")
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_measured_and_saved(self) -> "PretrainConfig":
+        if self.keep_best is None:
+            return self
+        validate_every, checkpoint_every = self.validate_every_steps, self.checkpoint_every_steps
+        if validate_every is None or checkpoint_every is None or validate_every % checkpoint_every:
+            raise ValueError(
+                "keep_best needs a checkpoint of every validated step: give checkpoint_every_steps and "
+                f"validate_every_steps, a multiple of it (now {checkpoint_every} and {validate_every})"
+            )
         return self
 
     @property

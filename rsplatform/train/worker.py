@@ -10,7 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.tracking import Run
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import NO_AUGMENTATION
-from rsplatform.train.checkpoint import CheckpointFolder
+from rsplatform.train.checkpoint import BackgroundWriter, CheckpointFolder, HostImage, KeepBest
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.loader import Loader, LoaderConfig, Share
@@ -89,13 +90,10 @@ def run_worker(job: WorkerJob) -> Progress:
         plan = job.config.curriculum.plan(store.tables, store.weights, job.config.batch_size, job.config.seed)
         loader = Loader(store, tokenizer, plan, config, share)
         resume = job.checkpoints.latest()
-        recorder = Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0)
-        hooks = Hooks(recorder.report, recorder.save, _validation(job, engine, tokenizer, config))
         loop = job.config.loop_config(job.placement)
-        try:
+        with Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0) as recorder:
+            hooks = Hooks(recorder.report, recorder.save, _validation(job, engine, tokenizer, config))
             return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
-        finally:
-            recorder.close()
 
 
 def initial_model(config: PretrainConfig, root: str) -> Mammut:
@@ -114,13 +112,39 @@ def load_tokenizer(folder: str) -> Tokenizer:
 
 
 class Recorder:
-    """The loop's reports and checkpoints, written by the first process only."""
+    """The loop's reports and checkpoints, written by the first process only; to be used in a `with`.
+
+    The loop goes on while a checkpoint is written, until the next one is due. What went wrong with a checkpoint is
+    raised by the next `save` or at the end of the `with`, which waits for the last one.
+    """
 
     def __init__(self, job: WorkerJob, *, is_first: bool, from_step: int) -> None:
         self.job = job
         self.is_first = is_first
         self.history = [row for row in read_history(job.folder) if row["step"] <= from_step]
         self._last_line = 0.0
+        self._image = HostImage()
+        self._writer = BackgroundWriter()
+        if is_first:
+            storage.delete_temporaries(job.folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Finish the last checkpoint, and send what MLflow has not taken yet.
+
+        A warning says what it never will take, which history.json still holds.
+        """
+        try:
+            self._writer.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"the last checkpoint was not written either: {failure}")
+        finally:
+            if self.is_first and self.job.run is not None:
+                self.job.run.flush()
 
     def report(self, metrics: dict[str, float], step: int) -> None:
         """Metrics to MLflow, to the history and, in local mode now and then, to the log."""
@@ -140,16 +164,33 @@ class Recorder:
             line = describe({f"train/{name}": value for name, value in metrics.items()})
             logger.info("step %d/%d  %s", step, num_steps, line)
 
-    def close(self) -> None:
-        """Send what MLflow has not taken yet; a warning says what it never will, which history.json still holds."""
-        if self.is_first and self.job.run is not None:
-            self.job.run.flush()
-
     def save(self, tensors: Mapping[str, torch.Tensor], progress: Progress) -> None:
-        """The history first, so that it is never shorter than its checkpoint."""
-        if self.is_first:
-            storage.write_json(f"{self.job.folder}/history.json", self.history)
-            self.job.checkpoints.save(tensors, progress)
+        """Copy the state to host memory, and write it beside the training that goes on."""
+        if not self.is_first:
+            return
+        keep_best = self.job.config.keep_best
+        if keep_best is not None:
+            _check_measured(keep_best, [row for row in self.history if row["step"] == progress.step])
+        self._writer.wait()  # before the memory that it writes from is filled again
+        data = self._image.fill(tensors, progress)
+        self._writer.start(partial(self._write, list(self.history), data, progress.step))
+
+    def _write(self, history: list[dict[str, float]], data: memoryview, step: int) -> None:
+        """The history first, so that it is never shorter than its checkpoint; the new one before old ones go."""
+        storage.write_json(f"{self.job.folder}/history.json", history)
+        checkpoints, keep_best = self.job.checkpoints, self.job.config.keep_best
+        checkpoints.write(data, step)
+        best = keep_best.step(history, checkpoints.steps()) if keep_best else None
+        checkpoints.prune(keep=() if best is None else (best,))
+
+
+def _check_measured(keep_best: KeepBest, rows: list[dict[str, float]]) -> None:
+    """A metric that no validation tells would let the best model be pruned: better to stop at the first one."""
+    names = sorted({name for row in rows for name in row} - {"step"})
+    if keep_best.metric not in names and any(name.startswith("val_") for name in names):
+        raise RecipeMismatchError(
+            f"keep_best.metric {keep_best.metric!r} is not among the metrics of a validated step: {', '.join(names)}"
+        )
 
 
 def read_history(folder: str) -> list[dict[str, float]]:

@@ -3,17 +3,22 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.config import ConfigError, validate
 from rsplatform.model.embedder import Embedder
+from rsplatform.train.checkpoint import CheckpointFolder
+from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.launch import loss_figure, pretrain
 from rsplatform.train.pretrain import TrainingDivergedError
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.worker import Recorder, read_history
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
+
+EVERY_STEP = {"validate_every_steps": 1, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +109,36 @@ def test_a_mixture_of_an_absent_kind_names_those_that_are_there(cluster: Cluster
     phases = [{"name": "mix", "steps": 2, "schedule": {"learning_rate": 1e-3}, "mixture": {"web_pair": 1.0}}]
     with pytest.raises(ValueError, match=r"web_pair.*holds chips, web_pairs"):
         pretrain(PretrainConfig(**tiny_recipe(output="model/absent/v1", phases=phases)), cluster)
+
+
+@pytest.mark.parametrize("export", ["best", "last"])
+def test_the_best_model_outlives_worse_ones_and_is_exported(cluster: Cluster, export: str) -> None:
+    # the held-out caption loss falls with every step, so by `max` the first one is the best
+    keep_best = {"metric": "val_caption", "mode": "max", "export": export}
+    artifact = pretrain(
+        PretrainConfig(**tiny_recipe(output=f"model/{export}/v1", keep_best=keep_best, **EVERY_STEP)), cluster
+    )
+    measured = {row["step"]: row["val_caption"] for row in read_history(artifact.uri) if "val_caption" in row}
+    best = int(max(measured, key=lambda step: measured[step]))
+    checkpoints = CheckpointFolder(artifact.path("checkpoints"))
+    assert len(measured) == 8
+    assert best < 8
+    assert checkpoints.steps() == [best, 8]
+    exported = best if export == "best" else 8
+    assert artifact.manifest()["counts"]["exported_step"] == exported
+    state, _ = checkpoints.load(exported)
+    assert all(torch.equal(value, state[f"model/{name}"]) for name, value in weights_of(artifact).items())
+
+
+def test_a_metric_that_nobody_measures_stops_the_run_at_its_first_checkpoint(cluster: Cluster) -> None:
+    recipe = tiny_recipe(output="model/odd/v1", keep_best={"metric": "val_recall"}, **EVERY_STEP)
+    with pytest.raises(RecipeMismatchError, match=r"'val_recall' is not among .*val_contrastive"):
+        pretrain(PretrainConfig(**recipe), cluster)
+
+
+def test_keep_best_needs_a_checkpoint_of_every_validated_step() -> None:
+    recipe = tiny_recipe(keep_best={}, validate_every_steps=3)
+    with pytest.raises(ConfigError, match=r"a multiple of it \(now 2 and 3\)"):
+        validate(PretrainConfig, recipe, "recipe.yaml")
+    with pytest.raises(ConfigError, match="keep_best needs"):
+        validate(PretrainConfig, tiny_recipe(keep_best={}), "recipe.yaml")
