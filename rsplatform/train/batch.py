@@ -3,7 +3,7 @@
 Shapes: B batch, H W pixels, C channels, T tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -15,3 +15,8 @@ class Batch:
     images_BHWC: Tensor
     tokens_BT: Tensor
     sample_ids: tuple[str, ...]
+
+    def rows(self, start: int, end: int) -> "Batch":
+        """Samples start … end - 1 of every field."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: None if value is None else value[start:end] for name, value in values.items()})
