@@ -23,7 +23,7 @@ class BlockConfig:
 
     checkpoint_every_blocks: int | None = None
     compile_blocks: bool = False
-    compile_backend: str = "inductor"
+    compile_backend: str | Callable[..., Any] = "inductor"
 
 
 def prepare_blocks(model: Mammut, config: BlockConfig) -> None:
@@ -43,7 +43,7 @@ def prepare_blocks(model: Mammut, config: BlockConfig) -> None:
                 _set_forward(block, again)
 
 
-def _compile_forward(block: nn.Module, backend: str, *, dynamic: bool | None) -> None:
+def _compile_forward(block: nn.Module, backend: str | Callable[..., Any], *, dynamic: bool | None) -> None:
     """One graph serves all blocks of a kind, per pass (causal or not) and with or without gradients.
 
     Only while training: batches of validation have other shapes and precisions, and torch gives up after 8 graphs.

@@ -1,7 +1,11 @@
 """Recomputed and compiled blocks: the same gradients, the same names, less kept for the backward pass."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.fx
 from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
@@ -66,30 +70,26 @@ def test_recomputed_blocks_keep_less() -> None:
     assert every < some < none
 
 
-@pytest.mark.parametrize("every", [None, 1])
-@pytest.mark.parametrize("pooling", ["masked_mean", "mean_all"])
-def test_compiled_blocks_have_the_gradients_of_plain_ones(every: int | None, pooling: str) -> None:
-    """Over texts of changing length, without a graph per length; "aot_eager" traces as the real compiler does."""
+def test_compiled_blocks_have_the_gradients_of_plain_ones() -> None:
+    """Recomputed as well, over texts of changing length, without a graph per length; traced, then run as it stands."""
     torch._dynamo.reset()
-    num_graphs = 0
+    graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph, example_inputs):
-        nonlocal num_graphs
-        num_graphs += 1
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
 
-    plain = make_model(text_pooling=pooling)
-    compiled = make_model(BlockConfig(every, compile_blocks=True, compile_backend=backend), text_pooling=pooling)
+    sizes = {"text_num_layers": 2, "vision_num_layers": 2}
+    plain, compiled = make_model(**sizes), make_model(BlockConfig(2, True, backend), **sizes)
     assert list(compiled.state_dict()) == list(plain.state_dict())
-    graphs = []
-    for step, num_tokens in enumerate((12, 12, 9, 16, 10)):
+    counts = []
+    for step, num_tokens in enumerate((12, 9, 16)):
         own, expected = gradients(compiled, *batch(step, num_tokens)), gradients(plain, *batch(step, num_tokens))
         torch.testing.assert_close(own, expected, atol=1e-12, rtol=1e-12)
-        with torch.no_grad():
-            compiled(*batch(step, num_tokens))
-        graphs.append(num_graphs)
-    assert graphs[0] > 0 and graphs[-1] == graphs[0]
+        counts.append(len(graphs))
+    # a picture's block; a decoder's block causal and not, with an MLP and without; a cross block
+    assert counts == [6, 6, 6]
     compiled.eval()
     with torch.no_grad():  # another number of samples, as in validation: no graph is made for it
         compiled(*batch(0, 12, num_samples=3))
-    assert num_graphs == graphs[0]
+    assert len(graphs) == 6

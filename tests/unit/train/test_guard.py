@@ -96,10 +96,10 @@ def test_spikes_are_skipped_and_counted(tmp_path: Path) -> None:
     assert "loss" in reports[6] and "loss" not in reports[7] and "samples_per_s" in reports[7]
 
 
-@pytest.mark.parametrize("num_before", [6, 7, 10])
-def test_a_resumed_run_skips_the_same_steps(tmp_path: Path, num_before: int) -> None:
+def test_a_resumed_run_skips_the_same_steps(tmp_path: Path) -> None:
     progress, states, _ = train(tmp_path / "whole")
-    train(tmp_path / "parts", num_before)
+    for num_steps in (6, 10):  # before a spike, and between two
+        train(tmp_path / "parts", num_steps)
     resumed, later, _ = train(tmp_path / "parts")
     assert resumed.guard == progress.guard
     assert all(torch.equal(value, states[NUM_STEPS][name]) for name, value in later[NUM_STEPS].items())

@@ -50,7 +50,7 @@ def obvious_loss(engine: PlainEngine, config: StepConfig, size: int) -> torch.Te
 
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig("focal_sigmoid", caption_weight=2.0)])
-@pytest.mark.parametrize("size", [1, 3, 6])
+@pytest.mark.parametrize("size", [2, 6])
 def test_micro_batches_make_the_gradients_of_one_graph(loss: LossConfig, size: int) -> None:
     config = StepConfig(loss, seed=2, micro_batch_size=size)
     slow, fast = make_engine(), make_engine()
