@@ -18,10 +18,10 @@ from rsplatform.model.mammut import Mammut
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """`checkpoint_every_blocks` n: every nth block of each tower keeps only its input and runs again in the backward
+    """`recompute_every_blocks` n: every nth block of each tower keeps only its input and runs again in the backward
     pass; None: no block. `compile_blocks`: one graph per kind of block and pass, by torch.compile."""
 
-    checkpoint_every_blocks: int | None = None
+    recompute_every_blocks: int | None = None
     compile_blocks: bool = False
     compile_backend: str | Callable[..., Any] = "inductor"
 
@@ -36,7 +36,7 @@ def prepare_blocks(model: Mammut, config: BlockConfig) -> None:
             if config.compile_blocks:
                 # texts differ in length from step to step; pictures of a run are of one size
                 _compile_forward(block, config.compile_backend, dynamic=None if blocks is model.vision.blocks else True)
-            every = config.checkpoint_every_blocks
+            every = config.recompute_every_blocks
             if every is not None and index % every == 0:
                 # blocks draw no random numbers, so that none need to be drawn again
                 again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

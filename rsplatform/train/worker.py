@@ -159,7 +159,7 @@ def read_history(folder: str) -> list[dict[str, float]]:
 def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
     if job.placement.gpus_per_worker > 0:
         model = model.to("cuda")
-    prepare_blocks(model, BlockConfig(job.placement.checkpoint_every_blocks, job.placement.compile_blocks))
+    prepare_blocks(model, BlockConfig(job.placement.recompute_every_blocks, job.placement.compile_blocks))
     if job.placement.engine == "plain":
         return PlainEngine(model, job.config.optimizer, gather_of_default_group())
     if job.config.ema_decay is not None and (job.placement.engine == "fsdp" or job.placement.zero_stage == 3):
