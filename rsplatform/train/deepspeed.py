@@ -10,7 +10,7 @@ Shapes: B batch, C channels, H W pixels, T tokens.
 import math
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )[0]
         self._num_steps = 0
-        self._held_back: AbstractContextManager[None] | None = None
+        self._reduction, self._holds_back = ExitStack(), False
         self._gradient_clip = config.gradient_clip
         self._make_moments()
 
@@ -97,13 +97,13 @@ class DeepSpeedEngine:
         """
         if self._zero_stage == 0:
             self._engine.set_gradient_accumulation_boundary(is_last)
-        elif self._held_back is None and not is_last:
-            self._held_back = self._engine.coalesce_grad_reduction()
-            self._held_back.__enter__()
+        elif not is_last and not self._holds_back:
+            self._reduction.enter_context(self._engine.coalesce_grad_reduction())
+            self._holds_back = True
         self._engine.backward(loss)
-        if is_last and self._held_back is not None:
-            held_back, self._held_back = self._held_back, None
-            held_back.__exit__(None, None, None)
+        if is_last:
+            self._reduction.close()
+            self._holds_back = False
 
     def step(self, learning_rate: float) -> float:
         """Clip and update the own shard; returns the norm before clipping. A norm that is not finite: no update."""

@@ -79,8 +79,8 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones() -> None:
         graphs.append(graph)
         return graph.forward
 
-    sizes = {"text_num_layers": 2, "vision_num_layers": 2}
-    plain, compiled = make_model(**sizes), make_model(BlockConfig(2, True, backend), **sizes)
+    plain = make_model(None, text_num_layers=2, vision_num_layers=2)
+    compiled = make_model(BlockConfig(2, True, backend), text_num_layers=2, vision_num_layers=2)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     counts = []
     for step, num_tokens in enumerate((12, 9, 16)):

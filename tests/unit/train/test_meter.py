@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsplatform.train.meter import Devices, Window, training_flops_per_sample
@@ -13,7 +14,7 @@ NUM_TOKENS, NUM_SAMPLES = 12, 3
 SHAPES = [
     {"vision_pooling": "map", "text_num_layers": 5, "vision_num_layers": 3},
     {"self_mlp_before_cross": False, "cross_mlp": True, "class_token": True, "patch_dropout": 0.4},
-    {"text_pooling": "mean_all", "text_projection": False, "tied_vocabulary": False, "text_width": 64},
+    {"text_pooling": "mean_all", "projection": False, "tied_vocabulary": False, "text_width": 64},
 ]
 
 
@@ -21,10 +22,11 @@ SHAPES = [
 def test_flops_are_those_of_the_models_matrix_products(shape: dict) -> None:
     model = tiny_model(**shape)
     tokens_BT = torch.randint(3, 300, (NUM_SAMPLES, NUM_TOKENS))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # written out: the counter does not know the CPU's fused attention
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(NUM_SAMPLES, 3, 16, 16), tokens_BT)
     expected = 3 * counter.get_total_flops() / NUM_SAMPLES
-    assert training_flops_per_sample(model.config, NUM_TOKENS) == pytest.approx(expected, rel=0.01)
+    assert training_flops_per_sample(model.config, NUM_TOKENS) == pytest.approx(expected, rel=1e-3)
 
 
 def test_paces_means_and_use_of_the_devices() -> None:
