@@ -56,10 +56,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """A picture's bytes and name."""
+    """A picture's bytes and name; RSICD does not say how many metres a pixel covers."""
 
     id: str
     image: bytes
+    ground_sample_distance_m: float | None = None
 
 
 class Split:

@@ -32,7 +32,7 @@ from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import PlainEngine
 from rsplatform.train.optimizer import OptimizerConfig
-from rsplatform.train.pretrain import LoopConfig, forward_backward
+from rsplatform.train.step import StepConfig, forward_backward
 
 RATE = 1e-4
 
@@ -53,7 +53,7 @@ def our_model(shape: ReferenceShape, reference: ReferenceMammut, *, skips_pads: 
 
 def our_step(model: Mammut) -> Callable[[Batch], float]:
     """Our loop's own step."""
-    engine, config = PlainEngine(model, OptimizerConfig()), LoopConfig(num_steps=1, seed=0)
+    engine, config = PlainEngine(model, OptimizerConfig()), StepConfig()
 
     def step(batch: Batch) -> float:
         parts = forward_backward(engine, batch, 0, config)

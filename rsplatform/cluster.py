@@ -38,6 +38,9 @@ class TrainPlacement(Config):
     decode_threads: int = Field(default=2, ge=1)
     max_failures: int = Field(default=2, ge=0)
     checkpoint_every_minutes: float = Field(default=10, gt=0)
+    recompute_every_blocks: int | None = Field(default=None, ge=1)  # recompute every nth block; 1: all, None: none
+    compile_blocks: bool = False  # torch.compile of each block
+    peak_tflops: float | None = Field(default=None, gt=0)  # of one device in the recipe's precision, for `mfu`
 
 
 class TunePlacement(Config):

@@ -113,9 +113,7 @@ def score_strips(
     patch = encoder.patch_size_px
     if min(scene.height_px, scene.width_px, patch) < 1:
         raise ValueError(f"a scene needs pixels, got {scene.height_px} x {scene.width_px} in patches of {patch}")
-    if any(window > tiling.window for window in narrower):
-        raise ValueError(f"windows {list(narrower)} must not be wider than the tiling's {tiling.window}")
-    windows = (tiling.window, *narrower)
+    windows = _windows(tiling, narrower)
     rows, columns = (-(-length // patch) for length in (scene.height_px, scene.width_px))
     row_starts, column_starts = _tile_starts(rows, tiling), _tile_starts(columns, tiling)
     weights_HW = torch.zeros(min(tiling.tile_patches, rows), columns)
@@ -136,6 +134,12 @@ def score_strips(
         yield Strip(row, strip_CHW.masked_fill(missing_HW, torch.nan))
         sums_CHW = torch.cat([sums_CHW[:, done:], torch.zeros_like(sums_CHW[:, :done])], dim=1)
         weights_HW = torch.cat([weights_HW[done:], torch.zeros_like(weights_HW[:done])])
+
+
+def _windows(tiling: Tiling, narrower: Sequence[int]) -> tuple[int, ...]:
+    if any(window > tiling.window for window in narrower):
+        raise ValueError(f"windows {list(narrower)} must not be wider than the tiling's {tiling.window}")
+    return (tiling.window, *narrower)
 
 
 def upsample_strips(strips: Iterable[Strip], scene: SceneReader, patch_size_px: int) -> Iterator[Strip]:

@@ -3,7 +3,7 @@
 Shapes: B batch, H W pixels, C channels, T tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,3 +25,8 @@ class Batch:
         """The ground sample distances on `device`."""
         distance_m_B = self.ground_sample_distance_m_B
         return None if distance_m_B is None else distance_m_B.to(device)
+
+    def rows(self, start: int, end: int) -> "Batch":
+        """Samples start … end - 1 of every field."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: None if value is None else value[start:end] for name, value in values.items()})

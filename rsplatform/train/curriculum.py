@@ -7,6 +7,7 @@ their lengths are our defaults. Reads no pixels and keeps no state. Freezing and
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -45,6 +46,11 @@ class Curriculum:
     def num_steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    @property
+    def phase_starts(self) -> tuple[int, ...]:
+        """The first step of each phase but the first."""
+        return tuple(accumulate(phase.steps for phase in self.phases[:-1]))
 
     def locate(self, step: int) -> tuple[int, int]:
         """(phase, step within it) of a step of the run."""

@@ -7,8 +7,10 @@ Float32 weights. What is given up: sharded checkpoints (a whole state has to fit
 Shapes: B batch, C channels, H W pixels, T tokens.
 """
 
+import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
 from rsplatform.train.engine import FIRST_MOMENT, MODEL, NUM_STEPS, SECOND_MOMENT, gather_of_default_group
-from rsplatform.train.optimizer import OptimizerConfig, build_optimizer
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
 
@@ -65,6 +67,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )[0]
         self._num_steps = 0
+        self._reduction, self._holds_back = ExitStack(), False
         self._gradient_clip = config.gradient_clip
         self._make_moments()
 
@@ -93,21 +96,34 @@ class DeepSpeedEngine:
         """Both passes; stage 3 collects each layer's shards as it goes."""
         return self._engine(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients, averaged over processes while they are made."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Gradients, averaged over processes with the last ones of a step.
+
+        By itself ZeRO 2 and 3 would reduce after every backward; until the last one they keep whole gradients here.
+        """
+        if self._zero_stage == 0:
+            self._engine.set_gradient_accumulation_boundary(is_last)
+        elif not is_last and not self._holds_back:
+            self._reduction.enter_context(self._engine.coalesce_grad_reduction())
+            self._holds_back = True
         self._engine.backward(loss)
+        if is_last:
+            self._reduction.close()
+            self._holds_back = False
 
     def step(self, learning_rate: float) -> float:
-        """Clip and update the own shard; returns the norm before clipping."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        """Clip and update the own shard; returns the norm before clipping. A norm that is not finite: no update."""
+        set_learning_rate(self._optimizer, learning_rate)
         if self._zero_stage == 0:
             norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._gradient_clip))
-            self._engine.step()
-        else:
+            if math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+        else:  # DeepSpeed itself leaves the update out
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm() or 0.0)
-        self._num_steps += 1
+        self._num_steps += math.isfinite(norm)
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
-from rsplatform.train.optimizer import OptimizerConfig, build_optimizer
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 
 MODEL, FIRST_MOMENT, SECOND_MOMENT, NUM_STEPS = "model/", "exp_avg/", "exp_avg_sq/", "num_steps"
 # Gradients are averaged in pieces of this many numbers, to bound the extra memory.
@@ -24,7 +24,11 @@ BUCKET_NUMBERS = 32 * 2**20
 
 
 class Engine(Protocol):
-    """What the loop needs. Every method but `model` is called by all processes together."""
+    """What the loop needs. Every method but `model` is called by all processes together.
+
+    `backward` adds gradients; a step may have several, all but the last with `is_last=False`, so that gradients
+    cross the network once a step. `step` returns the gradient's norm; where that is not finite, nothing is updated.
+    """
 
     gather: FeatureGather | None
 
@@ -45,7 +49,7 @@ class Engine(Protocol):
         z_loss_weight: float = 0.0,
     ) -> MammutOutput: ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None: ...
 
     def step(self, learning_rate: float) -> float: ...
 
@@ -99,8 +103,8 @@ class PlainEngine:
         """Both passes of the model."""
         return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of this process's loss; `step` averages them over processes."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Add the gradients of this process's loss; `step` averages them over processes, once for all of a step."""
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
@@ -109,8 +113,7 @@ class PlainEngine:
             self._average_gradients(self.gather)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._config.gradient_clip))
         if math.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self._optimizer, learning_rate)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
 from rsplatform.train.engine import FIRST_MOMENT, MODEL, NUM_STEPS, SECOND_MOMENT, gather_of_default_group
-from rsplatform.train.optimizer import OptimizerConfig, build_optimizer
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
 # Entries of the model beside `forward`: each collects the root's shards first, on all processes together.
@@ -97,8 +97,13 @@ class FsdpEngine:
         """Both passes; each block's shards are collected as it goes."""
         return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the own shards, averaged over processes while they are made."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Gradients of the own shards, averaged over processes while the last ones are made.
+
+        Until then they are whole: the price of sending them once a step.
+        """
+        self._root.set_requires_gradient_sync(is_last)
+        self._root.set_is_last_backward(is_last)
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
@@ -109,8 +114,7 @@ class FsdpEngine:
         parameters = self._shards().values()
         norm = float(_whole(nn.utils.clip_grad_norm_(parameters, self._config.gradient_clip)))
         if math.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self._optimizer, learning_rate)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

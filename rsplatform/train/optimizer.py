@@ -12,17 +12,37 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rsplatform.model.mammut import Mammut
+
+# What comes before the first block of a tower, by its name there.
+_BEFORE_BLOCKS = (
+    "patch_embedding",
+    "position_HWD",
+    "class_token_D",
+    "class_position_D",
+    "norm_input",
+    "token_embedding_VD",
+    "position_TD",
+)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Betas, weight decay and clip are those of a published openMaMMUT run (RECIPE.md) [F]."""
+    """AdamW. Betas, weight decay and clip are those of a published openMaMMUT run (RECIPE.md) [F].
+
+    `layer_decay` lowers the learning rate of each block by that factor under the one above it, for continual
+    training: what early blocks know stays. Off by default.
+    """
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.2
     gradient_clip: float = 1.0
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay {self.layer_decay} is not in (0, 1]: leave it out for none")
         if self.gradient_clip <= 0:
             raise ValueError(f"optimizer.gradient_clip {self.gradient_clip} must be above 0")
 
@@ -61,20 +81,56 @@ class Schedule:
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * remaining)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors and single numbers (norms, biases, gains, the logit scale) do not."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+def layer_rate_factors(model: Mammut, layer_decay: float) -> dict[str, float]:
+    """Factor of the learning rate per parameter name: `layer_decay` to the power of the blocks above it.
+
+    Both towers count by themselves: their last block has 1 · layer_decay, what follows the blocks (norms, pooling,
+    projections, the vocabulary where it is not tied, the logit scale) has 1, and what comes before them (patch,
+    token and position embeddings) one power more than their first block. A cross block counts as the block before
+    it. BEiT's rule (arXiv 2106.08254, appendix) for one tower; for two it is our default [D].
+    """
+    num_layers = {"vision": len(model.vision.blocks), "text": len(model.text.blocks)}
+    every = model.config.text.cross_attention_every
+
+    def num_above(name: str) -> int:
+        tower, _, rest = name.partition(".")
+        if tower not in num_layers:
+            return 0
+        kind, _, rest = rest.partition(".")
+        if kind in ("blocks", "cross_blocks"):
+            index = int(rest.partition(".")[0])
+            return num_layers[tower] - (index if kind == "blocks" else index * every)
+        return num_layers[tower] + 1 if kind in _BEFORE_BLOCKS else 0
+
+    return {name: layer_decay ** num_above(name) for name, _ in model.named_parameters()}
+
+
+def parameter_groups(model: Mammut, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups of equal decay and equal `rate_factor`; parameters without gradient are in none.
+
+    Matrices decay; vectors and single numbers (norms, biases, gains, the logit scale) do not.
+    """
+    factors = layer_rate_factors(model, config.layer_decay) if config.layer_decay else {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim >= 2, factors.get(name, 1.0)), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": config.weight_decay if key[0] else 0.0, "rate_factor": key[1]}
+        for key in sorted(groups, reverse=True)
     ]
-    return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: Mammut, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the learning rate is set before every step."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The rate of a step: each group's is its own factor of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate_factor"]
 
 
 class AveragedWeights:

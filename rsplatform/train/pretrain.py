@@ -5,33 +5,39 @@ function of (state, seed, step), so N steps equal k steps, a crash and N - k ste
 Shapes: B batch, C channels, H W pixels, T tokens, K values.
 """
 
-import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rsplatform.model.losses import LossConfig, mammut_loss
-from rsplatform.model.mammut import Mammut
-from rsplatform.model.normalise import normalise
+from rsplatform.model.losses import LossConfig
+from rsplatform.train import guard
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine, mean_over_processes
+from rsplatform.train.guard import GuardConfig, GuardState
+from rsplatform.train.meter import Devices, Window
 from rsplatform.train.optimizer import AveragedWeights
+from rsplatform.train.step import AuxiliaryLoss, StepConfig, prepare_step
 
 EMA = "ema/"
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient is not finite; a restart would meet the same step again."""
+    """Losses or gradients that are not finite or far too high; a restart would meet the same steps again."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how; `max_minutes` counts over restarts and stops at the next step."""
+    """How long and how; `max_minutes` counts over restarts and stops at the next step.
+
+    `micro_batch_size`: samples of one process in memory at once, None all; it changes no number but those of random
+    draws. `phase_starts`: steps at which the data change, where the guard forgets earlier losses. `peak_tflops` of
+    one device in the precision used, for `mfu`.
+    """
 
     num_steps: int
     seed: int = 0
@@ -43,22 +49,34 @@ class LoopConfig:
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float | None = None
     validate_every_steps: int | None = None
+    micro_batch_size: int | None = None
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    phase_starts: tuple[int, ...] = ()
+    peak_tflops: float | None = None
+
+    @property
+    def step_config(self) -> StepConfig:
+        """What one step computes."""
+        return StepConfig(self.loss, self.precision, self.seed, self.micro_batch_size)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, seconds of training over all restarts, and why it stopped early, if it did."""
+    """Where a run stands: steps done, seconds of training over all restarts, why it stopped early, if it did, and
+    what the guard has seen."""
 
     step: int = 0
     elapsed_s: float = 0.0
     stopped: str = ""
+    guard: GuardState = field(default_factory=GuardState)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.guard, Mapping):  # as JSON gives it back
+            object.__setattr__(self, "guard", GuardState(**self.guard))
 
 
 # What a checkpoint gives back: the tensors of `full_state` and where the run stood.
 Resume = tuple[Mapping[str, Tensor], Progress]
-
-
-AuxiliaryLoss = Callable[[Mammut, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -77,31 +95,6 @@ class Hooks:
     auxiliary_loss: AuxiliaryLoss | None = None
 
 
-@dataclass
-class Window:
-    """Sums since the last report."""
-
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    samples: int = 0
-    data_wait_s: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-
-    def add(self, parts: dict[str, float], samples: int, data_wait_s: float) -> None:
-        """Count one step."""
-        self.steps += 1
-        self.samples += samples
-        self.data_wait_s += data_wait_s
-        self.parts = {name: self.parts.get(name, 0.0) + value for name, value in parts.items()}
-
-    def metrics(self) -> dict[str, float]:
-        """Means per step, and the pace."""
-        seconds = max(1e-9, time.perf_counter() - self.started)
-        means = {name: value / self.steps for name, value in self.parts.items()}
-        pace = {"samples_per_s": self.samples / seconds, "data_wait_fraction": self.data_wait_s / seconds}
-        return means | pace
-
-
 def fit(
     engine: Engine,
     batches: Callable[[int, int], Generator[Batch]],
@@ -115,13 +108,15 @@ def fit(
     `batches(start, end)` yields this process's batches of those steps. Saves at the end as well.
 
     Raises:
-        TrainingDivergedError: the loss or the gradient norm is not finite.
-        ValueError: an auxiliary loss or a moving average on an engine that shards the weights.
+        TrainingDivergedError: more steps in a row than `config.guard` lets pass had to be skipped.
+        ValueError: an auxiliary loss or a moving average on an engine that shards the weights, or an auxiliary
+            loss with micro-batches.
     """
     _check_engine(engine, config, hooks)
     averaged = AveragedWeights(engine.model, config.ema_decay) if config.ema_decay else None
     progress = _restore(engine, averaged, resume) if resume else Progress()
     world_size = engine.gather.world_size if engine.gather else 1
+    devices = Devices(world_size, engine.device, config.peak_tflops)
     started = time.perf_counter() - progress.elapsed_s
     last_save_s, window = progress.elapsed_s, Window()
     with closing(batches(progress.step, config.num_steps)) as stream:
@@ -129,28 +124,62 @@ def fit(
             waiting_since = time.perf_counter()
             batch = next(stream)
             data_wait_s = time.perf_counter() - waiting_since
-            rate = learning_rate(progress.step)
-            parts = forward_backward(engine, batch, progress.step, config, hooks.auxiliary_loss)
             elapsed_s = time.perf_counter() - started
             votes = _votes(config, elapsed_s, elapsed_s - last_save_s, engine)
-            values, (stops, saves) = _agree(engine, parts, votes)
-            _check_finite(values["loss"], "loss", progress.step, rate)
-            values["gradient_norm"] = engine.step(rate)
-            _check_finite(values["gradient_norm"], "gradient norm", progress.step, rate)
-            if averaged:
+            rate = learning_rate(progress.step)
+            outcome = _take_step(engine, batch, progress, Plan(config, hooks.auxiliary_loss, rate, votes))
+            if averaged and outcome.values:
                 averaged.update(engine.model)
-            window.add(values, len(batch.sample_ids) * world_size, data_wait_s)
-            progress = _advance(progress, elapsed_s, config, stops)
+            window.add(outcome.values, len(batch.sample_ids) * world_size, data_wait_s)
+            progress = _advance(progress, time.perf_counter() - started, config, outcome)
             is_last = progress.step == config.num_steps or bool(progress.stopped)
             if is_last or progress.step % config.report_every_steps == 0:
-                hooks.report({**window.metrics(), "learning_rate": rate}, progress.step)
+                counted = {"learning_rate": rate, "skipped_steps": float(progress.guard.skipped_steps)}
+                hooks.report(window.metrics(engine.model.config, devices) | counted, progress.step)
                 window = Window()
             if hooks.validate and (is_last or _is_due(progress.step, config.validate_every_steps)):
                 hooks.report(hooks.validate(), progress.step)
-            if is_last or saves or _is_due(progress.step, config.checkpoint_every_steps):
+            if is_last or outcome.saves or _is_due(progress.step, config.checkpoint_every_steps):
                 hooks.save(full_state(engine, averaged), progress)
-                last_save_s = elapsed_s
+                last_save_s = progress.elapsed_s
     return progress
+
+
+class Plan(NamedTuple):
+    """How a step is taken, and this process's votes to (stop, save) after it."""
+
+    config: LoopConfig
+    auxiliary_loss: AuxiliaryLoss | None
+    learning_rate: float
+    votes: list[bool]
+
+
+class Outcome(NamedTuple):
+    """What all processes know of a step: its values (none if it was skipped), the guard's state, stop, save."""
+
+    values: dict[str, float]
+    guard: GuardState
+    stops: bool
+    saves: bool
+
+
+def _take_step(engine: Engine, batch: Batch, progress: Progress, plan: Plan) -> Outcome:
+    """Forward, then backward and update unless the guard objects: to the loss before, to the gradient's norm after."""
+    config, seen = plan.config, progress.guard
+    if progress.step in config.phase_starts:
+        seen = guard.in_new_phase(seen)
+    prepared = prepare_step(engine, batch, progress.step, config.step_config, plan.auxiliary_loss)
+    values, (stops, saves) = _agree(engine, prepared.parts, plan.votes)
+    objection = guard.loss_objection(values["loss"], seen, config.guard)
+    if not objection:
+        prepared.make_gradients()
+        values["gradient_norm"] = engine.step(plan.learning_rate)
+        objection = guard.norm_objection(values["gradient_norm"])
+    if objection:
+        seen = guard.after_skipped(seen)
+        _check_patience(objection, seen, progress.step, plan)
+        return Outcome({}, seen, stops, saves)
+    return Outcome(values, guard.after_accepted(seen, values["loss"], config.guard), stops, saves)
 
 
 def _check_engine(engine: Engine, config: LoopConfig, hooks: Hooks) -> None:
@@ -177,33 +206,11 @@ def _restore(engine: Engine, averaged: AveragedWeights | None, resume: Resume) -
     return progress
 
 
-def _advance(progress: Progress, elapsed_s: float, config: LoopConfig, stops: bool) -> Progress:
+def _advance(progress: Progress, elapsed_s: float, config: LoopConfig, outcome: Outcome) -> Progress:
     step = progress.step + 1
-    early = stops and step < config.num_steps
+    early = outcome.stops and step < config.num_steps
     stopped = f"max_minutes {config.max_minutes} reached after step {step}" if early else ""
-    return Progress(step, elapsed_s, stopped)
-
-
-def forward_backward(
-    engine: Engine, batch: Batch, step: int, config: LoopConfig, auxiliary_loss: AuxiliaryLoss | None = None
-) -> dict[str, Tensor]:
-    """Loss and gradients of one batch; returns the detached parts of the loss."""
-    rank = engine.gather.rank if engine.gather else 0
-    # counter-based: the state of every random draw in the model is (seed, step, rank), so nothing needs saving
-    torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + rank)
-    vision = engine.model.config.vision
-    tokens_BT = batch.tokens_BT.to(engine.device)
-    images_BCHW = normalise(batch.images_BHWC.to(engine.device), vision.pixel_mean, vision.pixel_std)
-    is_bfloat16 = config.precision == "bfloat16"
-    with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=is_bfloat16):
-        distance_m_B = batch.distances_on(engine.device)
-        output = engine.forward(images_BCHW, tokens_BT, distance_m_B, config.loss.z_loss_weight)
-    loss, parts = mammut_loss(output, tokens_BT, config.loss, engine.gather)
-    if auxiliary_loss:
-        extra, extra_parts = auxiliary_loss(engine.model, step)
-        loss, parts = loss + extra, parts | extra_parts | {"loss": (loss + extra).detach()}
-    engine.backward(loss)
-    return parts
+    return Progress(step, elapsed_s, stopped, outcome.guard)
 
 
 def _votes(config: LoopConfig, elapsed_s: float, since_save_s: float, engine: Engine) -> list[bool]:
@@ -223,12 +230,15 @@ def _agree(engine: Engine, parts: dict[str, Tensor], votes: list[bool]) -> tuple
     return means, [vote > 0 for vote in agreed[len(parts) :]]
 
 
-def _check_finite(value: float, name: str, step: int, learning_rate: float) -> None:
-    if not math.isfinite(value):
-        raise TrainingDivergedError(
-            f"{name} is {value} at step {step} (learning rate {learning_rate:.2e}); the weights of the last "
-            "checkpoint are still good. Lower the learning rate, lengthen the warm-up or use float32"
-        )
+def _check_patience(objection: str, seen: GuardState, step: int, plan: Plan) -> None:
+    patience = plan.config.guard.max_skipped_steps
+    if seen.skipped_in_row <= patience:
+        return
+    skipped = f"; the {patience} steps before it were skipped for the like" if patience else ""
+    raise TrainingDivergedError(
+        f"{objection} at step {step} (learning rate {plan.learning_rate:.2e}){skipped}; the weights of the last "
+        "checkpoint are still good. Lower the learning rate, lengthen the warm-up or use float32"
+    )
 
 
 def _is_due(step: int, every_steps: int | None) -> bool:

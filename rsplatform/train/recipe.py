@@ -15,6 +15,7 @@ from rsplatform.model.sizes import ModelSize
 from rsplatform.train.augment import Augmentation
 from rsplatform.train.checkpoint import KeepBest
 from rsplatform.train.curriculum import Curriculum, Phase
+from rsplatform.train.guard import GuardConfig
 from rsplatform.train.loader import LoaderConfig
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import LoopConfig
@@ -53,6 +54,8 @@ class PretrainConfig(StageConfig):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["float32", "bfloat16"] = "float32"
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    guard: GuardConfig = GuardConfig()
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     max_minutes: float | None = Field(default=None, gt=0)
     cache_gb: float = Field(default=0.0, ge=0)
@@ -104,6 +107,10 @@ class PretrainConfig(StageConfig):
             checkpoint_every_steps=self.checkpoint_every_steps,
             checkpoint_every_minutes=placement.checkpoint_every_minutes,
             validate_every_steps=self.validate_every_steps,
+            micro_batch_size=self.micro_batch_size,
+            guard=self.guard,
+            phase_starts=self.curriculum.phase_starts,
+            peak_tflops=placement.peak_tflops,
         )
 
     def loader_config(self, model: MammutConfig, decode_threads: int) -> LoaderConfig:

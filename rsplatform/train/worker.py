@@ -25,6 +25,7 @@ from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.tracking import Run
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import NO_AUGMENTATION
+from rsplatform.train.blocks import BlockConfig, prepare_blocks
 from rsplatform.train.checkpoint import BackgroundWriter, CheckpointFolder, HostImage, KeepBest
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
@@ -202,6 +203,7 @@ def read_history(folder: str) -> list[dict[str, float]]:
 def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
     if job.placement.gpus_per_worker > 0:
         model = model.to("cuda")
+    prepare_blocks(model, BlockConfig(job.placement.recompute_every_blocks, job.placement.compile_blocks))
     if job.placement.engine == "plain":
         return PlainEngine(model, job.config.optimizer, gather_of_default_group())
     if job.config.ema_decay is not None and (job.placement.engine == "fsdp" or job.placement.zero_stage == 3):

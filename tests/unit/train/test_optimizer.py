@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from rsplatform.train.curriculum import Curriculum, Phase
-from rsplatform.train.optimizer import AveragedWeights, OptimizerConfig, Schedule, parameter_groups
+from rsplatform.train.optimizer import (
+    AveragedWeights,
+    OptimizerConfig,
+    Schedule,
+    build_optimizer,
+    layer_rate_factors,
+    parameter_groups,
+    set_learning_rate,
+)
 from tests.unit.train.tiny_training import tiny_model
 
 
@@ -28,13 +36,59 @@ def test_schedules_warm_up_and_decay(decay: str) -> None:
 
 def test_only_matrices_decay() -> None:
     model = tiny_model()
-    decayed, spared = parameter_groups(model, 0.2)
+    decayed, spared = parameter_groups(model, OptimizerConfig(weight_decay=0.2))
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.2, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     spared_names = {names[id(parameter)] for parameter in spared["params"]}
     assert "log_logit_scale" in spared_names
     assert all(name.endswith(("bias", "scale")) or "norm" in name for name in spared_names)
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_rates_decay_from_the_last_block_of_each_tower_to_the_first() -> None:
+    model = tiny_model(vision_num_layers=3, text_num_layers=4, class_token=True, tied_vocabulary=False)
+    factors = layer_rate_factors(model, 0.5)
+    assert factors.keys() == dict(model.named_parameters()).keys()
+    by_beginning = {
+        "vision.blocks.2.": 0.5,
+        "vision.blocks.1.": 0.25,
+        "vision.blocks.0.": 0.125,
+        "vision.patch_embedding": 0.0625,
+        "vision.position_HWD": 0.0625,
+        "vision.class_": 0.0625,
+        "text.blocks.3.": 0.5,
+        "text.blocks.2.": 0.25,
+        "text.cross_blocks.1.": 0.25,
+        "text.blocks.1.": 0.125,
+        "text.blocks.0.": 0.0625,
+        "text.cross_blocks.0.": 0.0625,
+        "text.token_embedding_VD": 0.03125,
+        "text.position_TD": 0.03125,
+        "vision.norm_output": 1.0,
+        "vision.projection": 1.0,
+        "text.norm_output": 1.0,
+        "text.projection": 1.0,
+        "text.vocabulary_VD": 1.0,
+        "image_to_text": 1.0,
+        "log_logit_scale": 1.0,
+    }
+    for name, factor in factors.items():
+        assert [value for start, value in by_beginning.items() if name.startswith(start)] == [factor], name
+
+
+def test_the_rate_of_a_step_is_multiplied_by_each_groups_factor() -> None:
+    model = tiny_model()
+    frozen = {f"vision.{name}" for name, _ in model.vision.named_parameters() if name.startswith("blocks.0.")}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    optimizer = build_optimizer(model, OptimizerConfig(layer_decay=0.5))
+    set_learning_rate(optimizer, 0.1)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    factors = layer_rate_factors(model, 0.5)
+    for name, parameter in model.named_parameters():
+        assert rates.get(id(parameter)) == (None if name in frozen else 0.1 * factors[name])
+    set_learning_rate(plain := build_optimizer(model, OptimizerConfig()), 0.1)
+    assert [group["lr"] for group in plain.param_groups] == [0.1, 0.1]
 
 
 def test_the_moving_average_is_the_weighted_sum_of_the_past() -> None:
@@ -53,6 +107,8 @@ def test_the_moving_average_is_the_weighted_sum_of_the_past() -> None:
 def test_bad_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="gradient_clip"):
         OptimizerConfig(gradient_clip=0)
+    with pytest.raises(ValueError, match="layer_decay 1.5"):
+        OptimizerConfig(layer_decay=1.5)
     with pytest.raises(ValueError, match="learning_rate"):
         Schedule(0.0)
 
@@ -65,6 +121,7 @@ def test_phases_follow_one_another() -> None:
     mix = Phase("mix", 200, Schedule(0.5, warmup_steps=2, decay="constant"), {"web_pairs": 0.5, "chips": 0.5})
     curriculum = Curriculum((web, mix))
     assert curriculum.num_steps == 205
+    assert curriculum.phase_starts == (5,)
     assert [curriculum.locate(step) for step in (0, 4, 5, 204)] == [(0, 0), (0, 4), (1, 0), (1, 199)]
     assert [curriculum.learning_rate(step) for step in (4, 5, 6, 7)] == [1.0, 0.25, 0.5, 0.5]
     with pytest.raises(ValueError, match="outside"):

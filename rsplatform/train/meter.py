@@ -1,0 +1,106 @@
+"""What the loop reports between two steps: mean losses, pace, the device's use. No clock of its own but its window's.
+
+In: the values of each step. Out: one dict of metrics. Model FLOPs are those of the matrix products that the model's
+definition asks for, three times the forward pass; repeated work (checkpointing, micro-batches) earns nothing.
+Shapes: T tokens.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from rsplatform.model.mammut import MammutConfig
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the pace is measured against: how many devices train, which is ours, and its peak if the place names it."""
+
+    count: int
+    own: torch.device
+    peak_tflops: float | None = None
+
+
+@dataclass
+class Window:
+    """Sums since the last report."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    samples: int = 0
+    data_wait_s: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, parts: dict[str, float], samples: int, data_wait_s: float) -> None:
+        """Count one step; no parts where it was skipped."""
+        self.steps += bool(parts)
+        self.samples += samples
+        self.data_wait_s += data_wait_s
+        self.parts = {name: self.parts.get(name, 0.0) + value for name, value in parts.items()} or self.parts
+
+    def metrics(self, model: MammutConfig, devices: Devices) -> dict[str, float]:
+        """Means per accepted step, and the pace of all."""
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        means = {name: value / self.steps for name, value in self.parts.items()}
+        per_device = self.samples / seconds / devices.count
+        metrics = means | {
+            "samples_per_s": self.samples / seconds,
+            "samples_per_s_per_device": per_device,
+            "data_wait_fraction": self.data_wait_s / seconds,
+        }
+        if devices.peak_tflops is not None and "tokens_per_text" in means:
+            flops = training_flops_per_sample(model, means["tokens_per_text"])
+            metrics["mfu"] = per_device * flops / (devices.peak_tflops * 1e12)
+        if devices.own.type == "cuda":
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(devices.own) / 1e9
+            torch.cuda.reset_peak_memory_stats(devices.own)
+        return metrics
+
+
+def training_flops_per_sample(model: MammutConfig, tokens_per_text: float) -> float:
+    """Floating-point operations of one sample's forward and backward pass: three times the forward's."""
+    return 3 * (_vision_flops(model) + _text_flops(model, tokens_per_text))
+
+
+def _image_tokens(model: MammutConfig) -> int:
+    """Tokens of one picture that the blocks see."""
+    vision = model.vision
+    kept = max(1, round((vision.image_size // vision.patch_size) ** 2 * (1 - vision.patch_dropout)))
+    return kept + vision.class_token
+
+
+def _vision_flops(model: MammutConfig) -> float:
+    vision, width = model.vision, model.vision.width
+    tokens = _image_tokens(model)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    embedding = 2 * patches * 3 * vision.patch_size**2 * width
+    block = _attention_flops(tokens, tokens, width) + 4 * tokens * width * vision.mlp_width
+    pooling = 0
+    if vision.pooling == "map":
+        pooling = 2 * tokens * width * (width + vision.num_heads + 1) + 2 * width**2 + 4 * width * vision.mlp_width
+    return embedding + vision.num_layers * block + pooling + 2 * width * model.embedding_width
+
+
+def _text_flops(model: MammutConfig, tokens_per_text: float) -> float:
+    """Both passes. Attention counts the mean length squared, a little less than the mean of squares."""
+    text, width, image_tokens = model.text, model.text.width, _image_tokens(model)
+    num_cross = len(range(0, text.num_layers, text.cross_attention_every))
+    num_mlps = text.num_layers if text.self_mlp_before_cross else text.num_layers - num_cross
+
+    def blocks(tokens: float) -> float:
+        attention = text.num_layers * _attention_flops(tokens, tokens, width)
+        return attention + num_mlps * 4 * tokens * width * text.mlp_width
+
+    pooled = text.context_length if text.pooling == "mean_all" else tokens_per_text
+    targets = max(0.0, tokens_per_text - 1)
+    cross = _attention_flops(targets, image_tokens, width) + text.cross_mlp * 4 * targets * width * text.mlp_width
+    projection = 2 * width * model.embedding_width if text.projection else 0
+    to_text = 2 * image_tokens * model.vision.width * width
+    vocabulary = 2 * targets * width * text.vocab_size
+    return blocks(pooled) + blocks(targets) + num_cross * cross + projection + to_text + vocabulary
+
+
+def _attention_flops(queries: float, keys: float, width: int) -> float:
+    """Projections of queries, keys, values and output, and the two products; a causal mask counts as the whole."""
+    return 4 * queries * width**2 + 4 * keys * width**2 + 4 * queries * keys * width

@@ -1,0 +1,94 @@
+"""What every engine does alike beside a plain step: rates by layer, recomputed blocks, steps that the guard skips.
+
+The same few steps, one of them with a gradient that is not finite on one process only, under every engine with
+recomputed blocks (FSDP2's traced by torch.compile as well), against one plain process that keeps everything.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rsplatform.model.mammut import Mammut
+from rsplatform.train.blocks import BlockConfig, prepare_blocks
+from rsplatform.train.deepspeed import DeepSpeedEngine
+from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.fsdp import FsdpEngine
+from rsplatform.train.guard import GuardConfig
+from rsplatform.train.loader import Share
+from rsplatform.train.optimizer import OptimizerConfig
+from rsplatform.train.pretrain import Hooks, LoopConfig, Progress, fit
+from tests.processes.process_group import run_processes
+from tests.unit.train.tiny_training import BATCH_SIZE, tiny_loader, tiny_model
+
+NUM_STEPS, BAD_STEP, WORLD_SIZE = 3, 1, 2
+# A key's bias has no gradient but rounding, which Adam would blow up to a full step: eps well above that rounding
+OPTIMIZER = OptimizerConfig(eps=1e-4, gradient_clip=0.5, layer_decay=0.5)
+KINDS = ("plain", "fsdp", "zero0", "zero1", "zero2", "zero3")
+State = dict[str, Tensor]
+
+
+def make_model(dtype: torch.dtype) -> Mammut:
+    model = tiny_model().to(dtype)
+    # the loop's pixels are float32
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype), *inputs[1:]))
+    return model
+
+
+def make_engine(kind: str, *, recomputes: bool) -> Engine:
+    model = make_model(torch.float32 if kind.startswith("zero") else torch.float64)
+    if recomputes:
+        prepare_blocks(model, BlockConfig(1, compile_blocks=kind == "fsdp", compile_backend="eager"))
+    if kind == "plain":
+        return PlainEngine(model, OPTIMIZER, gather_of_default_group())
+    if kind == "fsdp":
+        return FsdpEngine(model, OPTIMIZER)
+    return DeepSpeedEngine(model, OPTIMIZER, batch_size=BATCH_SIZE // WORLD_SIZE, zero_stage=int(kind[-1]))
+
+
+def train(kind: str, *, recomputes: bool) -> State:
+    """The last state, and under "rows" the losses, norms and skipped steps of each step."""
+    engine, rows, saved = make_engine(kind, recomputes=recomputes), [], {}
+    backward, steps = engine.backward, []
+
+    def poisoned_backward(loss: Tensor, *, is_last: bool = True) -> None:
+        is_first = engine.gather is None or engine.gather.rank == 0
+        backward(loss * (torch.nan if is_first and len(steps) == BAD_STEP else 1.0), is_last=is_last)
+        steps.append(loss)
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        values = [metrics.get(name, 0.0) for name in ("loss", "caption", "gradient_norm", "skipped_steps")]
+        rows.append(torch.tensor(values, dtype=torch.float64))
+
+    def save(tensors: State, progress: Progress) -> None:
+        saved.update({name: value.clone() for name, value in tensors.items()})
+
+    engine.backward = poisoned_backward
+    share = Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else None
+    config = LoopConfig(NUM_STEPS, report_every_steps=1, guard=GuardConfig(max_skipped_steps=1))
+    fit(engine, tiny_loader(share).batches, lambda step: 1e-3, config, Hooks(report, save))
+    return saved | {"rows": torch.stack(rows)}
+
+
+def train_all(kinds: tuple[str, ...]) -> State:
+    """All engines in one set of processes: importing DeepSpeed costs more than the training."""
+    return {f"{kind}|{name}": value for kind in kinds for name, value in train(kind, recomputes=True).items()}
+
+
+def test_every_engine_decays_recomputes_and_skips_alike(tmp_path: Path) -> None:
+    expected = train("plain", recomputes=False)
+    assert expected["rows"][:, 3].tolist() == [0.0, 1.0, 1.0]
+    assert expected["num_steps"] == NUM_STEPS - 1
+    for tensors in run_processes(WORLD_SIZE, tmp_path, train_all, KINDS):
+        assert len(tensors) == len(KINDS) * len(expected)
+        for key, actual in tensors.items():
+            kind, name = key.split("|")
+            tolerance = 1e-5 if kind.startswith("zero") else 1e-10
+            torch.testing.assert_close(
+                actual.double(),
+                expected[name].double(),
+                atol=tolerance,
+                rtol=tolerance,
+                msg=lambda text, key=key: f"{key}: {text}",
+            )

@@ -1,0 +1,129 @@
+"""Micro-batches against the slow obvious version: all pieces in one graph, the loss of their outputs, one backward."""
+
+import pytest
+import torch
+from torch import nn
+
+from rsplatform.model.losses import LossConfig, mammut_loss
+from rsplatform.model.mammut import Mammut
+from rsplatform.train.batch import Batch
+from rsplatform.train.engine import PlainEngine
+from rsplatform.train.optimizer import OptimizerConfig
+from rsplatform.train.step import StepConfig, forward_backward, forward_micro_batch, prepare_step
+from tests.unit.train.tiny_training import tiny_model
+
+NUM_SAMPLES = 7
+
+
+def make_engine(**overrides) -> PlainEngine:
+    """In float64, and drawing at random in both ways that the model knows."""
+    model = tiny_model(**({"patch_dropout": 0.4, "cropped_positions": True} | overrides)).double()
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(), *inputs[1:]))
+    return PlainEngine(model, OptimizerConfig())
+
+
+def make_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(3, 300, (NUM_SAMPLES, 12), generator=generator)
+    for row in range(NUM_SAMPLES):
+        tokens_BT[row, 3 + row :] = 0
+    tokens_BT[5] = tokens_BT[1]
+    images_BHWC = torch.randint(0, 256, (NUM_SAMPLES, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    return Batch(images_BHWC, tokens_BT, tuple(str(row) for row in range(NUM_SAMPLES)))
+
+
+def gradients(model: Mammut) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def obvious_loss(engine: PlainEngine, config: StepConfig, size: int) -> torch.Tensor:
+    batch = make_batch()
+    pieces = [batch.rows(start, start + size) for start in range(0, NUM_SAMPLES, size)]
+    outputs = [forward_micro_batch(engine, piece, 4, index, config) for index, piece in enumerate(pieces)]
+    whole = outputs[0]._replace(
+        image_embeddings_BE=torch.cat([output.image_embeddings_BE for output in outputs]),
+        text_embeddings_BE=torch.cat([output.text_embeddings_BE for output in outputs]),
+        caption_loss_sum=torch.stack([output.caption_loss_sum for output in outputs]).sum(),
+        caption_token_count=torch.stack([output.caption_token_count for output in outputs]).sum(),
+    )
+    return mammut_loss(whole, batch.tokens_BT, config.loss)[0]
+
+
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig("focal_sigmoid", caption_weight=2.0)])
+@pytest.mark.parametrize("size", [2, 6])
+def test_micro_batches_make_the_gradients_of_one_graph(loss: LossConfig, size: int) -> None:
+    config = StepConfig(loss, seed=2, micro_batch_size=size)
+    slow, fast = make_engine(), make_engine()
+    expected = obvious_loss(slow, config, size)
+    expected.backward()
+    parts = forward_backward(fast, make_batch(), 4, config)
+    torch.testing.assert_close(parts["loss"], expected.detach(), atol=1e-12, rtol=1e-12)
+    assert float(parts["tokens_per_text"]) == pytest.approx(int((make_batch().tokens_BT > 0).sum()) / NUM_SAMPLES)
+    torch.testing.assert_close(gradients(fast.model), gradients(slow.model), atol=1e-10, rtol=1e-10)
+
+
+def test_no_more_than_one_micro_batch_is_in_memory_with_its_graph() -> None:
+    """What backward needs is kept for the embeddings' loss and one micro-batch, however large the batch is."""
+    sizes = []
+    for size in (NUM_SAMPLES, 1):
+        engine, kept = make_engine(patch_dropout=0.0), []
+
+        def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        original = engine.backward
+
+        def backward(loss, *, is_last=True, kept=kept, original=original) -> None:
+            original(loss, is_last=is_last)
+            sizes.append(sum(kept))
+            kept.clear()
+
+        engine.backward = backward
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward_backward(engine, make_batch(), 0, StepConfig(micro_batch_size=size))
+    whole, *pieces = sizes
+    assert len(pieces) == NUM_SAMPLES
+    weights = sum(parameter.numel() for parameter in make_engine().model.parameters())
+    assert max(pieces) - weights < (whole - weights) / 3
+
+
+def test_random_draws_are_the_same_in_both_runs_and_differ_between_micro_batches() -> None:
+    engine, config = make_engine(), StepConfig()
+    piece = make_batch().rows(0, 3)
+    first = forward_micro_batch(engine, piece, 0, 1, config).image_embeddings_BE
+    torch.rand(5)
+    with torch.no_grad():
+        assert torch.equal(first, forward_micro_batch(engine, piece, 0, 1, config).image_embeddings_BE)
+    others = [(0, 0, config), (1, 1, config), (0, 1, StepConfig(seed=1))]
+    for step, index, other in others:
+        assert not torch.equal(first, forward_micro_batch(engine, piece, step, index, other).image_embeddings_BE)
+    large = StepConfig(seed=2**40)
+    assert forward_micro_batch(engine, piece, 10**6, 10**3, large).image_embeddings_BE.isfinite().all()
+
+
+def test_one_micro_batch_is_the_whole_batch() -> None:
+    whole, one = make_engine(), make_engine()
+    expected = forward_backward(whole, make_batch(), 3, StepConfig())
+    assert forward_backward(one, make_batch(), 3, StepConfig(micro_batch_size=NUM_SAMPLES)) == expected
+    assert all(map(torch.equal, gradients(one.model), gradients(whole.model)))
+
+
+def test_an_auxiliary_loss_is_added_and_refused_with_micro_batches() -> None:
+    engine, plain = make_engine(), make_engine()
+
+    def auxiliary(model: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert isinstance(model, Mammut)
+        return step * model.image_to_text.weight.sum(), {"patch": torch.tensor(1.5)}
+
+    prepared = prepare_step(engine, make_batch(), 2, StepConfig(), auxiliary)
+    prepared.make_gradients()
+    parts = forward_backward(plain, make_batch(), 2, StepConfig())
+    assert prepared.parts["patch"] == 1.5
+    extra = 2 * engine.model.image_to_text.weight.sum()
+    torch.testing.assert_close(prepared.parts["loss"], (parts["loss"] + extra).detach())
+    own, other = engine.model.image_to_text.weight.grad, plain.model.image_to_text.weight.grad
+    assert own is not None and other is not None
+    torch.testing.assert_close(own, other + 2)
+    with pytest.raises(ValueError, match="leave micro_batch_size out"):
+        prepare_step(engine, make_batch(), 2, StepConfig(micro_batch_size=2), auxiliary)
