@@ -19,6 +19,7 @@ from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.store import SampleStore
+from rsplatform.model.resolution import with_image_size
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, model_from_tensors, save_model
 from rsplatform.runtime import ray_runtime
@@ -131,7 +132,10 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
 
 
 def export_model(job: WorkerJob) -> None:
-    """Write model/ from the last checkpoint: the moving average of the weights if there is one, else the weights."""
+    """Write model/ from the last checkpoint: the moving average of the weights if there is one, else the weights.
+
+    Its own image size is the last phase's: the size that the weights were last trained at.
+    """
     saved = job.checkpoints.latest()
     if saved is None:
         raise RuntimeError(f"{job.checkpoints.uri}: training ended without a checkpoint")
@@ -140,6 +144,7 @@ def export_model(job: WorkerJob) -> None:
     weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     config = initial_model(job.config, job.root).config
     model = model_from_tensors(config, weights, job.checkpoints.uri)
+    model = with_image_size(model, job.config.curriculum.image_sizes(config)[-1])
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, load_tokenizer(job.folder))
         storage.upload_folder(Path(folder), f"{job.folder}/model")

@@ -5,12 +5,14 @@ clips gradients and steps. Torch only. The logit scale's clamp is part of the mo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from rsplatform.train.freezing import is_in_parts
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,40 @@ class Schedule:
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * remaining)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors and single numbers (norms, biases, gains, the logit scale) do not."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+def parameter_groups(model: nn.Module, weight_decay: float, freezable: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Matrices decay; vectors and single numbers (norms, biases, gains, the logit scale) do not.
+
+    Parameters that differ in which of the parts `freezable` they belong to stand in different groups, so that a
+    group is frozen as a whole (`PausableAdamW`).
+    """
+    groups: dict[tuple[tuple[str, ...], bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = tuple(part for part in freezable if is_in_parts(name, [part]))
+            groups.setdefault((parts, parameter.ndim < 2), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay, "parts": key[0], "frozen": False}
+        for key in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class PausableAdamW(torch.optim.AdamW):
+    """AdamW that leaves groups with `frozen` set as they are: weights, moments and number of updates."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update the groups that are not frozen."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["frozen"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, freezable: Collection[str] = ()) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the learning rate is set before every step."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    groups = parameter_groups(model, config.weight_decay, freezable)
+    return PausableAdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 class AveragedWeights:

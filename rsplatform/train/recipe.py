@@ -36,7 +36,11 @@ class ModelRecipe(Config):
 
 
 class PretrainConfig(StageConfig):
-    """What to train, on what, for how long. `start_from` continues a model artifact: sizes, weights and tokenizer."""
+    """What to train, on what, for how long. `start_from` continues a model artifact: sizes, weights and tokenizer.
+
+    The finished model's own image size is that of the last phase, as is the size of the validation pictures: a run
+    that ends with larger pictures leaves a model that expects them.
+    """
 
     dataset: InputArtifact
     split: str = "train"
@@ -67,6 +71,8 @@ class PretrainConfig(StageConfig):
             raise ValueError("`start_from` brings its own tokenizer; leave `tokenizer` out")
         if self.validate_every_steps is not None and self.validation_split is None:
             raise ValueError("validate_every_steps needs a validation_split, e.g. val")
+        if self.model is not None:
+            self.curriculum.image_sizes(self.model.mammut_config())
         return self
 
     @property
@@ -90,10 +96,16 @@ class PretrainConfig(StageConfig):
         )
 
     def loader_config(self, model: MammutConfig, decode_threads: int) -> LoaderConfig:
-        """Settings of the loader of training batches."""
+        """Settings of the loader of training batches.
+
+        Raises:
+            RecipeMismatchError: a phase's image_size does not divide into the model's patches.
+        """
+        image_sizes = self.curriculum.image_sizes(model)
         return LoaderConfig(
-            image_size=model.vision.image_size,
+            image_size=image_sizes[-1],
             context_length=model.text.context_length,
+            phases=tuple((phase.steps, size) for phase, size in zip(self.phases, image_sizes, strict=True)),
             seed=self.seed,
             augmentation=self.augmentation,
             cache_gb=self.cache_gb,

@@ -87,7 +87,8 @@ def run_worker(job: WorkerJob) -> Progress:
         loader = Loader(store, tokenizer, plan, config, share)
         resume = job.checkpoints.latest()
         recorder = Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0)
-        hooks = Hooks(recorder.report, recorder.save, _validation(job, engine, tokenizer, config))
+        validate = _validation(job, engine, tokenizer, config)
+        hooks = Hooks(recorder.report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
         loop = job.config.loop_config(job.placement)
         try:
             return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
@@ -177,6 +178,7 @@ def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
         job.config.optimizer,
         batch_size=job.config.batch_size // share.world_size,
         zero_stage=job.placement.zero_stage,
+        freezable=job.config.curriculum.freezable,
     )
 
 
