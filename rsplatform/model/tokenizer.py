@@ -67,11 +67,16 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no tokenizer there; save one with Tokenizer.save")
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> "Tokenizer":
+        """The inverse of `to_json`; `source` names the text's origin in errors."""
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
-        return cls(backend, str(path))
+            raise ValueError(f"{source}: not a readable tokenizer.json ({error})") from error
+        return cls(backend, source)
 
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json: whole or not at all."""
@@ -98,15 +103,17 @@ class Tokenizer:
             raise TypeError("encode takes a list of texts, not one string")
         if context_length < 2:
             raise ValueError(f"context_length {context_length}: at least 2 for start and end")
-        encodings = self._backend.encode_batch_fast(
-            [_without_surrogates(text) for text in texts], add_special_tokens=False
-        )
-        rows = [[self.start_id, *encoding.ids[: context_length - 2], self.end_id] for encoding in encodings]
+        rows = [[self.start_id, *ids[: context_length - 2], self.end_id] for ids in self.token_ids(texts)]
         width = max((len(row) for row in rows), default=2) if pad_to_longest else context_length
         tokens_BT = np.full((len(rows), width), PAD_ID, dtype=np.int64)
         for index, row in enumerate(rows):
             tokens_BT[index, : len(row)] = row
         return tokens_BT
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each whole text alone: not cut, not padded, without start and end."""
+        clean = [_without_surrogates(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(clean, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to the first end token, without specials."""

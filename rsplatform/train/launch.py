@@ -13,21 +13,21 @@ from typing import Any
 from matplotlib.figure import Figure
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from rich.console import Console
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.resolution import with_image_size
-from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, model_from_tensors, save_model
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
+from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import MODEL
 from rsplatform.train.pretrain import EMA, Progress, TrainingDivergedError
 from rsplatform.train.progress import shown_progress
 from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.train_tokenizer import learn, read_tokenizer
 from rsplatform.train.worker import (
     WorkerJob,
     initial_model,
@@ -59,25 +59,30 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
 
 
 def prepare_tokenizer(config: PretrainConfig, cluster: Cluster, folder: str) -> None:
-    """Put the run's tokenizer below `folder`: the named one, `start_from`'s, or one trained on the captions."""
+    """Put the run's tokenizer below `folder`: the named one, `start_from`'s, or one trained on the captions.
+
+    Raises:
+        RecipeMismatchError: the named one has more tokens than the model.
+    """
     target = f"{folder}/tokenizer/{TOKENIZER_FILE}"
     if storage.exists(target):
         return
     if config.start_from is not None:
         data = storage.read_bytes(f"{cluster.root}/{config.start_from}/model/{TOKENIZER_FILE}")
-    elif config.tokenizer is not None:
-        data = storage.read_bytes(cluster.resolve(config.tokenizer))
+        storage.write_bytes(target, data)
+        return
+    assert config.model is not None, "the recipe's validator demands one of model and start_from"
+    vocab_size = config.model.mammut_config().text.vocab_size
+    if config.tokenizer is not None:
+        tokenizer = read_tokenizer(config.tokenizer, cluster)
     else:
-        assert config.model is not None, "the recipe's validator demands one of model and start_from"
-        captions = SampleStore(cluster.root, config.dataset, config.split).all_captions()
-        vocab_size = config.model.mammut_config().text.vocab_size
-        with Console(stderr=True).status(
-            f"tokenizer: learning up to {vocab_size} tokens from {len(captions)} captions"
-        ):
-            tokenizer = Tokenizer.train(captions, vocab_size)
-        logger.info("tokenizer: %d tokens from %d captions", tokenizer.vocab_size, len(captions))
-        data = tokenizer.to_json().encode()
-    storage.write_bytes(target, data)
+        tokenizer = learn(SampleStore(cluster.root, config.dataset, config.split).all_captions(), vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        raise RecipeMismatchError(
+            f"{config.tokenizer} has {tokenizer.vocab_size} tokens, the model a vocabulary of {vocab_size}; "
+            f"set model.settings.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    storage.write_bytes(target, tokenizer.to_json().encode())
 
 
 def launch(job: WorkerJob, cluster: Cluster) -> Progress:
