@@ -12,7 +12,7 @@ import numpy as np
 
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.model.mammut import MammutConfig
-from rsplatform.train.freezing import check_parts
+from rsplatform.train.freezing import check_parts, covers_all
 from rsplatform.train.optimizer import Schedule
 
 
@@ -40,7 +40,7 @@ class Phase:
         if self.steps < 1:
             raise ValueError(f"phase {self.name}: steps {self.steps} must be at least 1")
         check_parts(self.freeze, f"phase {self.name}: freeze")
-        if {"vision", "text", "image_to_text", "logit_scale"} <= set(self.freeze):
+        if covers_all(self.freeze):
             raise ValueError(f"phase {self.name}: freeze names the whole model; leave a part out to train it")
         if any(share <= 0 for share in self.mixture.values()):
             raise ValueError(f"phase {self.name}: mixture shares must be above 0; leave a kind out to draw none")

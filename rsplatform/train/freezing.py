@@ -36,6 +36,13 @@ def check_parts(parts: Collection[str], where: str) -> None:
             raise ValueError(f"{where}: no part {part!r}; did you mean {nearest!r}? (valid: {', '.join(PARTS)})")
 
 
+def covers_all(parts: Collection[str]) -> bool:
+    """Whether nothing of a model lies outside of `parts`."""
+    frozen = set(parts)
+    vision_is_whole = "vision" in frozen or {"vision_trunk", "vision_pooling"} <= frozen
+    return vision_is_whole and {"text", "image_to_text", "logit_scale"} <= frozen
+
+
 def is_in_parts(parameter_name: str, parts: Collection[str]) -> bool:
     """Whether a parameter belongs to one of `parts`."""
     return any(parameter_name.startswith(PARTS[part]) for part in parts)

@@ -10,7 +10,7 @@ from rsplatform.config import ConfigError, validate
 from rsplatform.model.resolution import with_image_size
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import UPDATES, PlainEngine
-from rsplatform.train.freezing import PARTS
+from rsplatform.train.freezing import PARTS, covers_all, is_in_parts
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.recipe import PretrainConfig
 from tests.unit.train.tiny_dataset import tiny_recipe
@@ -100,6 +100,13 @@ def test_phases_that_cannot_be_are_refused_at_load(change: dict, words: str) -> 
 def test_every_parameter_belongs_to_a_part() -> None:
     model = tiny_model(vision_pooling="map", class_token=True, input_norm=True, cross_mlp=True, tied_vocabulary=False)
     names = [name for name, _ in model.named_parameters()]
+    for parts in (
+        ["vision", "text", "image_to_text"],
+        ["vision_trunk", "vision_pooling", "text", "logit_scale"],
+        PARTS,
+    ):
+        assert covers_all(parts) == all(is_in_parts(name, parts) for name in names)
+    assert covers_all(["vision_trunk", "vision_pooling", "text", "logit_scale", "image_to_text"])
     for part, prefixes in PARTS.items():
         assert all(any(name.startswith(prefix) for name in names) for prefix in prefixes), part
     halves = [*PARTS["vision_trunk"], *PARTS["vision_pooling"]]

@@ -128,6 +128,8 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     report = {"model": trained.ref, "model_hash": model_hash, "benchmarks": benchmarks}
     write_report(cluster.root, "evaluation/carded/v1", report)
     write_report(cluster.root, "evaluation/other/v1", report | {"model_hash": "b" * 64})
+    dataset = Artifact(cluster.root, "dataset/tiny/v1")  # as if build_dataset had joined the chips
+    storage.write_json(dataset.path("manifest.json"), dataset.manifest() | {"inputs": {"chips/tiny/v1": "c" * 64}})
     scenes = [{"attribution": "© Somebody"}, {"attribution": ""}]
     storage.write_json(f"{cluster.root}/chips/tiny/v1/scenes.json", scenes)
     values = {"output": "export/carded/v1", "model": trained.ref, "evaluations": ["evaluation/carded/v1"]}
@@ -140,7 +142,8 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     assert (result["dataset"]["name"], result["metrics"]) == ("val", [{"type": "t2i_r10", "value": 12.5}])
     assert "| val | t2i_r10 | 12.50 | 1.25 | `aaaaaaaaaaaaaaaa` |" in body
     assert "64 samples seen in 8 steps" in body and model_hash in body
-    assert "`dataset/tiny/v1`" in body
+    assert "`dataset/tiny/v1`" in body and "`chips/tiny/v1`" in body
+    assert "Attributions of the imagery: © Somebody\n" in body
     assert "Not chosen" in body and "recipe field `licence`" in body
     assert "num_images" not in body
     licensed = ExportModelConfig(**values | {"output": "export/carded/v2"}, licence="apache-2.0")
