@@ -3,15 +3,18 @@
 A dataset is row ids, captions, splits and weights over the tables that hold the pictures; no bytes are copied.
 """
 
+import logging
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 import lance
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import Config, InputArtifact, StageConfig
+from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.store import SAMPLES_TABLE, open_table
 from rsplatform.ledger import Drop, counts, write_drops
 from rsplatform.records import SAMPLE_SCHEMA
@@ -19,7 +22,10 @@ from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.storage import exists, lance_options, write_json
 
 STAGE = "build_dataset"
+HOLDOUT = "holdout_"
 CAPTION_TABLE = "captions.lance"
+
+logger = logging.getLogger("rsplatform.dataset")
 
 
 class ChipSource(Config):
@@ -40,9 +46,19 @@ class WebSource(Config):
 
 
 class BuildDatasetConfig(StageConfig):
-    """Sources of a training set. `weight` is per sample: 2.0 draws a sample twice as often (our default: 1)."""
+    """Sources of a training set. `weight` is per sample: 2.0 draws a sample twice as often (our default: 1).
+
+    `holdout`: classes to leave out. A sample of any split goes to the ledger if a landmark in it is of such a kind or
+    a caption names one (holdout.py); measure unseen classes on another dataset, made without it.
+    """
 
     sources: list[Annotated[ChipSource | WebSource, Field(discriminator="type")]] = Field(min_length=1)
+    holdout: list[str] = []
+
+    @model_validator(mode="after")
+    def _classes_are_words(self) -> "BuildDatasetConfig":
+        Holdout(self.holdout)
+        return self
 
 
 def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
@@ -52,8 +68,9 @@ def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
         return done
     with open_stage(config, cluster) as stage:
         tables, drops, num_inputs = [], [], 0
+        holdout = Holdout(config.holdout)
         for source in config.sources:
-            table, dropped = _samples(cluster.root, source)
+            table, dropped = _samples(cluster.root, source, holdout)
             tables.append(table)
             drops += dropped
             num_inputs += table.num_rows + len(dropped)
@@ -66,25 +83,31 @@ def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
         write_drops(stage.artifact, STAGE, "build", drops)
         stage.counts = counts(num_inputs, samples.num_rows, [drop.reason for drop in drops])
         _describe(stage, samples)
+        _describe_holdout(stage, config.holdout, drops)
     return stage.artifact
 
 
-def _samples(root: str, source: ChipSource | WebSource) -> tuple[pa.Table, list[Drop]]:
+def _samples(root: str, source: ChipSource | WebSource, holdout: Holdout) -> tuple[pa.Table, list[Drop]]:
     if isinstance(source, WebSource):
         ref = source.web_pairs
         rows = open_table(root, ref).to_table(columns=["id", "captions", "split"]).to_pylist()
     else:
         ref = source.chips
-        rows = open_table(root, ref).to_table(columns=["id", "split", "ground_sample_distance_m"]).to_pylist()
+        columns = ["id", "split", "ground_sample_distance_m", "landmarks"]
+        rows = open_table(root, ref).to_table(columns=columns).to_pylist()
         captions = open_table(root, source.captions, CAPTION_TABLE).to_table(columns=["id", "captions"]).to_pylist()
         by_id = {row["id"]: row["captions"] for row in captions}
         rows = [row | {"captions": by_id.get(row["id"], [])} for row in rows]
     kept, drops = [], []
     for index, row in enumerate(rows):
-        if row["captions"]:
-            kept.append(_sample(row, ref, index, source.weight))
-        else:
+        kinds = [landmark["kind"] for landmark in row.get("landmarks") or []]
+        held_out = holdout.reason(kinds, row["captions"])
+        if not row["captions"]:
             drops.append(Drop(row["id"], "no_caption", f"row {index} of {ref}"))
+        elif held_out:
+            drops.append(Drop(row["id"], HOLDOUT + held_out[0], held_out[1]))
+        else:
+            kept.append(_sample(row, ref, index, source.weight))
     return pa.Table.from_pylist(kept, schema=SAMPLE_SCHEMA), drops
 
 
@@ -127,6 +150,15 @@ def _describe(stage: Stage, samples: pa.Table) -> None:
     stage.run.log_document(stats, "stats.json")
     numbers = {key: value for key, value in stats.items() if isinstance(value, float)}
     stage.log(numbers | _split_totals(samples))
+
+
+def _describe_holdout(stage: Stage, classes: list[str], drops: list[Drop]) -> None:
+    """How many samples each held-out class took; one that took none is most likely misspelt."""
+    taken = Counter(drop.reason for drop in drops)
+    for name in classes:
+        stage.log({f"holdout/{name}": taken[HOLDOUT + name]})
+        if not taken[HOLDOUT + name]:
+            logger.warning("holdout: no sample names %r; check its spelling and the classes before it", name)
 
 
 def _split_totals(samples: pa.Table) -> dict[str, float]:

@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from rsplatform.evaluate.retrieval import TIE_TOLERANCE, unit_rows
+from rsplatform.model.recall import TIE_TOLERANCE, unit_rows
 
 PROMPT = "An aerial image of {class name}"
 BATCH_IMAGES = 64

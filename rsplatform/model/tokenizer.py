@@ -1,8 +1,9 @@
-"""Text to token ids and back: lower-cased byte-level BPE, so any string can be encoded and decoded.
+"""Text to token ids and back: lower-cased byte-level BPE of our own, or another model's tokenizer.json.
 
 In: strings. Out: int64 arrays (B, T), padded with 0; every text is start, its tokens (cut if too long), end.
 Does not clean captions; a text that spells a special token ("<end>") is ordinary text.
-Ids: 0 pad, 1 start, 2 end, then the 256 bytes, then the learned merges.
+Ids of our own: 0 pad, 1 start, 2 end, then the 256 bytes, then the learned merges. Others keep theirs, but the models
+pad with 0: CLIP's token 0 ("!") counts as padding, as it did when openMaMMUT was trained.
 """
 
 import os
@@ -13,18 +14,32 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-PAD_ID, START_ID, END_ID = 0, 1, 2
+PAD_ID = 0
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
+# How tokenizers mark where a text starts and ends: ours, CLIP's, SentencePiece's, BERT's.
+START_AND_END = (("<start>", "<end>"), ("<|startoftext|>", "<|endoftext|>"), ("<s>", "</s>"), ("[CLS]", "[SEP]"))
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
 class Tokenizer:
-    """A trained vocabulary. Make one with `train` or `load`."""
+    """A trained vocabulary. Make one with `train` or `load`.
+
+    Raises:
+        ValueError: no pair of START_AND_END in the vocabulary, or one of the two has the id of padding.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
-        for expected_id, token in enumerate(SPECIAL_TOKENS):
-            if backend.token_to_id(token) != expected_id:
-                raise ValueError(f"{source}: '{token}' must have id {expected_id}; train it with Tokenizer.train")
+        pairs = [(backend.token_to_id(start), backend.token_to_id(end)) for start, end in START_AND_END]
+        known = [(start, end) for start, end in pairs if start is not None and end is not None]
+        if not known or PAD_ID in known[0]:
+            problem = "they have the id 0, which is padding" if known else "there is none"
+            raise ValueError(
+                f"{source}: needs tokens that start and end a text, such as {' and '.join(START_AND_END[0])}, "
+                f"but {problem}; train one with jobs/train_tokenizer.py"
+            )
+        self.start_id, self.end_id = known[0]
+        backend.no_padding()  # a file may bring settings for both, which would change what `encode` makes
+        backend.no_truncation()
         backend.encode_special_tokens = True  # a caption that spells "<end>" must not end itself
         self._backend = backend
 
@@ -52,11 +67,16 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no tokenizer there; save one with Tokenizer.save")
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> "Tokenizer":
+        """The inverse of `to_json`; `source` names the text's origin in errors."""
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
-        return cls(backend, str(path))
+            raise ValueError(f"{source}: not a readable tokenizer.json ({error})") from error
+        return cls(backend, source)
 
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json: whole or not at all."""
@@ -83,25 +103,30 @@ class Tokenizer:
             raise TypeError("encode takes a list of texts, not one string")
         if context_length < 2:
             raise ValueError(f"context_length {context_length}: at least 2 for start and end")
-        encodings = self._backend.encode_batch_fast(
-            [_without_surrogates(text) for text in texts], add_special_tokens=False
-        )
-        rows = [[START_ID, *encoding.ids[: context_length - 2], END_ID] for encoding in encodings]
+        rows = [[self.start_id, *ids[: context_length - 2], self.end_id] for ids in self.token_ids(texts)]
         width = max((len(row) for row in rows), default=2) if pad_to_longest else context_length
         tokens_BT = np.full((len(rows), width), PAD_ID, dtype=np.int64)
         for index, row in enumerate(rows):
             tokens_BT[index, : len(row)] = row
         return tokens_BT
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each whole text alone: not cut, not padded, without start and end."""
+        clean = [_without_surrogates(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(clean, add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to the first end token, without specials."""
         kept = []
         for token_id in (int(value) for value in ids):
-            if token_id == END_ID:
+            if token_id == self.end_id:
                 break
-            if token_id not in (PAD_ID, START_ID):
+            if token_id not in (PAD_ID, self.start_id):
                 kept.append(token_id)
-        return self._backend.decode(kept, skip_special_tokens=False).strip()
+        text = self._backend.decode(kept, skip_special_tokens=False)
+        # CLIP marks the ends of words in its tokens, and its file does not say how to read that back
+        end_of_word = getattr(self._backend.model, "end_of_word_suffix", None)
+        return (text.replace(end_of_word, " ") if end_of_word else text).strip()
 
 
 def _without_surrogates(text: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.normalise import normalise
 from rsplatform.model.preprocess import decode_image, resize_crop
-from rsplatform.model.tokenizer import END_ID, PAD_ID, START_ID
+from rsplatform.model.tokenizer import PAD_ID
 from rsplatform.serve.api import MAX_IMAGE_PIXELS
 
 
@@ -26,14 +26,15 @@ def greedy_caption(embedder: Embedder, image: bytes) -> str:
     vision = model.config.vision
     square_HWC = resize_crop(decode_image(image, max_pixels=MAX_IMAGE_PIXELS), embedder.image_size)
     images_BCHW = normalise(torch.from_numpy(square_HWC)[None].to(embedder.device), vision.pixel_mean, vision.pixel_std)
-    tokens = [START_ID]
+    start_id, end_id = embedder.tokenizer.start_id, embedder.tokenizer.end_id
+    tokens = [start_id]
     with torch.no_grad():
         while len(tokens) < model.config.text.context_length:
             tokens_BT = torch.tensor([[*tokens, PAD_ID]], device=embedder.device)
             logits_V = model.caption_logits(images_BCHW, tokens_BT)[0, -1]
-            logits_V[[PAD_ID, START_ID]] = -torch.inf
+            logits_V[[PAD_ID, start_id]] = -torch.inf
             token = int(logits_V.argmax())
-            if token == END_ID:
+            if token == end_id:
                 break
             tokens.append(token)
     return embedder.tokenizer.decode(np.asarray(tokens))

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rsplatform.model.preprocess import resize_crop
 from rsplatform.model.tokenizer import Tokenizer
 
 # Captions that say where something lies would become wrong under a flip or a quarter turn.
@@ -74,6 +75,8 @@ def augment(
         box = (left, top, left + side, top + side)
         picture = Image.fromarray(image_HWC).resize((size, size), Image.Resampling.BICUBIC, box=box)
         image_HWC = np.asarray(picture)
+    else:  # larger where another phase wants larger pictures
+        image_HWC = resize_crop(image_HWC, size)
     if config.symmetries and not has_direction(caption):
         image_HWC = square_symmetry(image_HWC, int(rng.integers(8)))
     return image_HWC, side / size

@@ -2,7 +2,7 @@
 
 In: phases from a recipe and the samples' tables and weights. Out: for every step its learning rate and the sample
 indices of its global batch. Phases follow RECIPE.md "Curriculum" (web pairs, then landmarks, then a mix of both);
-their lengths are our defaults. Reads no pixels and keeps no state. Freezing and resolution per phase are not here.
+their lengths, what they freeze and their resolutions are our defaults. Reads no pixels and keeps no state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,8 @@ from itertools import accumulate
 import numpy as np
 
 from rsplatform.dataset.sampler import GlobalSampler
+from rsplatform.model.mammut import MammutConfig
+from rsplatform.train.freezing import check_parts, covers_all
 from rsplatform.train.optimizer import Schedule
 
 
@@ -22,16 +24,25 @@ class RecipeMismatchError(ValueError):
 @dataclass(frozen=True)
 class Phase:
     """`mixture`: share of the draws by kind of source, e.g. {web_pairs: 0.5, chips: 0.5}; a kind that is not named
-    is not drawn. Empty: all samples by their own weights. The schedule warms up and decays within the phase."""
+    is not drawn. Empty: all samples by their own weights. The schedule warms up and decays within the phase.
+
+    `freeze`: parts of the model (freezing.py) that the phase leaves bitwise as they are, with their moments.
+    `image_size`: pixels of a side in this phase; None: the model's own. The last phase's is the finished model's.
+    """
 
     name: str
     steps: int
     schedule: Schedule
     mixture: Mapping[str, float] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"phase {self.name}: steps {self.steps} must be at least 1")
+        check_parts(self.freeze, f"phase {self.name}: freeze")
+        if covers_all(self.freeze):
+            raise ValueError(f"phase {self.name}: freeze names the whole model; leave a part out to train it")
         if any(share <= 0 for share in self.mixture.values()):
             raise ValueError(f"phase {self.name}: mixture shares must be above 0; leave a kind out to draw none")
 
@@ -67,6 +78,29 @@ class Curriculum:
         index, phase_step = self.locate(step)
         phase = self.phases[index]
         return phase.schedule.at(phase_step, phase.steps)
+
+    def frozen_parts(self, step: int) -> tuple[str, ...]:
+        """Parts of the model that a step leaves as they are."""
+        return self.phases[self.locate(step)[0]].freeze
+
+    @property
+    def freezable(self) -> frozenset[str]:
+        """Parts that any phase freezes."""
+        return frozenset(part for phase in self.phases for part in phase.freeze)
+
+    def image_sizes(self, model: MammutConfig) -> tuple[int, ...]:
+        """Pixels of a side in each phase.
+
+        Raises:
+            RecipeMismatchError: a size that does not divide into the model's patches.
+        """
+        patch_size = model.vision.patch_size
+        for phase in self.phases:
+            if phase.image_size is not None and (phase.image_size < 1 or phase.image_size % patch_size):
+                raise RecipeMismatchError(
+                    f"phase {phase.name}: image_size {phase.image_size} is not a multiple of patch_size {patch_size}"
+                )
+        return tuple(phase.image_size or model.vision.image_size for phase in self.phases)
 
     def plan(
         self, tables: Sequence[str], weights: np.ndarray, batch_size: int, seed: int

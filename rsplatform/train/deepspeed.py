@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H W pixels, T tokens.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
-from rsplatform.train.engine import FIRST_MOMENT, MODEL, NUM_STEPS, SECOND_MOMENT, gather_of_default_group
+from rsplatform.train.engine import (
+    FIRST_MOMENT,
+    MODEL,
+    SECOND_MOMENT,
+    gather_of_default_group,
+    update_counts,
+    updates_of,
+)
+from rsplatform.train.freezing import is_in_parts, names_of_parts
 from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
@@ -41,11 +49,23 @@ def deepspeed_config(batch_size: int, config: OptimizerConfig, zero_stage: int) 
 class DeepSpeedEngine:
     """One process's part of a model that DeepSpeed shards. Needs a running process group, also for one process.
 
+    `freezable`: all parts that will ever be frozen. DeepSpeed lays out gradients and shards once, so these parts keep
+    shards of their own; frozen, their gradients are set to zero and AdamW passes them over. What is given up: their
+    gradients are computed all the same.
+
     Raises:
         RuntimeError: no process group.
     """
 
-    def __init__(self, model: Mammut, config: OptimizerConfig, *, batch_size: int, zero_stage: int) -> None:
+    def __init__(
+        self,
+        model: Mammut,
+        config: OptimizerConfig,
+        *,
+        batch_size: int,
+        zero_stage: int,
+        freezable: Collection[str] = (),
+    ) -> None:
         if not torch.distributed.is_initialized():
             raise RuntimeError("DeepSpeedEngine needs torch.distributed.init_process_group before it")
         # read at import: without it DeepSpeed looks for an accelerator extension and fails on CPU-only machines
@@ -59,15 +79,21 @@ class DeepSpeedEngine:
         self._model = model
         self._zero_stage = zero_stage
         self._named = dict(model.named_parameters())
-        self._optimizer = build_optimizer(model, config)
+        self._freezable = frozenset(freezable)
+        self._optimizer = build_optimizer(model, config, sorted(self._freezable))
+        # DeepSpeed puts flat shards in place of the parameters: which belong to a group has to be noted before
+        members = [{id(p) for p in group["params"]} for group in self._optimizer.param_groups]
+        self._group_names = [[n for n, p in self._named.items() if id(p) in ids] for ids in members]
+        self._frozen_names: frozenset[str] = frozenset()
+        self._mask_gradients()
         self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             config=deepspeed_config(batch_size, config, zero_stage),
             dist_init_required=False,
         )[0]
-        self._num_steps = 0
         self._reduction, self._holds_back = ExitStack(), False
+        self._updates = dict.fromkeys(self._named, 0)
         self._gradient_clip = config.gradient_clip
         self._make_moments()
 
@@ -123,28 +149,45 @@ class DeepSpeedEngine:
         else:  # DeepSpeed itself leaves the update out
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm() or 0.0)
-        self._num_steps += math.isfinite(norm)
+        if math.isfinite(norm):
+            for name in self._named:
+                self._updates[name] += name not in self._frozen_names
         return norm
+
+    def freeze(self, parts: Collection[str]) -> None:
+        """Leave exactly these parts as they are from now on.
+
+        Raises:
+            ValueError: a part that was not named in `freezable`.
+        """
+        unknown = set(parts) - self._freezable
+        if unknown:
+            raise ValueError(f"DeepSpeedEngine was not made to freeze {sorted(unknown)}: name all parts in `freezable`")
+        self._frozen_names = names_of_parts(self._model, parts)
+        for group in self._optimizer.param_groups:
+            group["frozen"] = not set(parts).isdisjoint(group["parts"])
 
     def state(self) -> dict[str, Tensor]:
         """Weights and moments by parameter name, whole on every process; the same names as PlainEngine's."""
-        tensors = {NUM_STEPS: torch.tensor(float(self._num_steps))}
-        keys = {MODEL: None} | (_MOMENTS if self._num_steps else {})
+        tensors = {}
         for name, parameter in self._named.items():
+            keys = {MODEL: None} | (_MOMENTS if self._updates[name] else {})
             for prefix, key in keys.items():
                 tensors[prefix + name] = self._whole(parameter, key)
-        return tensors
+        return tensors | update_counts(self._updates)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put weights and moments back into the shards, whatever engine and world size they came from."""
-        self._num_steps = int(tensors[NUM_STEPS])
-        for moments in self._optimizer.state.values():
-            moments["step"].fill_(self._num_steps)
-        keys = {MODEL: None} | (_MOMENTS if self._num_steps else {})
         for name, parameter in self._named.items():
+            has_moments = FIRST_MOMENT + name in tensors
+            self._updates[name] = int(updates_of(tensors, name)) if has_moments else 0
+            keys = {MODEL: None} | (_MOMENTS if has_moments else {})
             for prefix, key in keys.items():
                 self._put(parameter, tensors[prefix + name].to(self.device), key)
+        for group, partition in self._partitions:
+            # all of a group were frozen and thawed together
+            self._optimizer.state[partition]["step"].fill_(self._updates[self._group_names[group][0]])
 
     def _whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """A parameter (key None) or one of its moments, gathered from all shards."""
@@ -185,17 +228,29 @@ class DeepSpeedEngine:
         padded[: value.numel()] = value.flatten()
         return padded[rank * numbers : (rank + 1) * numbers]
 
+    def _mask_gradients(self) -> None:
+        """Zero gradients of what is frozen at the time, before DeepSpeed takes them."""
+
+        def mask(name: str, parameter: nn.Parameter) -> None:
+            parameter.register_hook(lambda grad: torch.zeros_like(grad) if name in self._frozen_names else grad)
+
+        for name, parameter in self._named.items():
+            if is_in_parts(name, self._freezable):
+                mask(name, parameter)
+
     def _make_moments(self) -> None:
         """Moments before the first step. AdamW would make them in it, parameter group by group, but DeepSpeed looks
         for those of all groups after the first group's step, and never again."""
         sharded = self._engine.optimizer
-        flat = {
-            0: list(self._model.parameters()),
-            1: getattr(sharded, "single_partition_of_fp32_groups", []),
-            2: getattr(sharded, "single_partition_of_fp32_groups", []),
-            3: getattr(sharded, "fp32_partitioned_groups_flat", []),
-        }[self._zero_stage]
-        for partition in flat:
+        if self._zero_stage == 0:
+            groups = enumerate(self._group_names)
+            self._partitions = [(group, self._named[name]) for group, names in groups for name in names]
+        elif self._zero_stage == 3:
+            flat = enumerate(sharded.fp32_partitioned_groups_flat)
+            self._partitions = [(sharded.sub_group_to_group_id[index], partition) for index, partition in flat]
+        else:
+            self._partitions = list(enumerate(sharded.single_partition_of_fp32_groups))
+        for _, partition in self._partitions:
             self._optimizer.state[partition] = {
                 "step": torch.zeros((), device=partition.device),
                 "exp_avg": torch.zeros_like(partition),

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W pixels, T tokens, K values, N numbers.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
+from rsplatform.train.freezing import names_of_parts
 from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 
 MODEL, FIRST_MOMENT, SECOND_MOMENT, NUM_STEPS = "model/", "exp_avg/", "exp_avg_sq/", "num_steps"
+# Number of updates of a parameter that was frozen for a while; all others have had `num_steps`.
+UPDATES = "updates/"
 # Gradients are averaged in pieces of this many numbers, to bound the extra memory.
 BUCKET_NUMBERS = 32 * 2**20
 
@@ -53,6 +56,8 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> float: ...
 
+    def freeze(self, parts: Collection[str]) -> None: ...
+
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
@@ -70,6 +75,21 @@ def gather_of_default_group() -> FeatureGather | None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return FeatureGather.of_group()
+
+
+def update_counts(counts: Mapping[str, float]) -> dict[str, Tensor]:
+    """The part of an engine's state that says how many updates each parameter has had; those without any are left out.
+
+    Adam's bias correction reads it: a part that was frozen goes on where its own moments stopped.
+    """
+    most = max(counts.values(), default=0.0)
+    own = {UPDATES + name: torch.tensor(float(count)) for name, count in counts.items() if 0 < count < most}
+    return {NUM_STEPS: torch.tensor(float(most))} | own
+
+
+def updates_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """How many updates a parameter with moments has had; the inverse of `update_counts`."""
+    return tensors.get(UPDATES + name, tensors[NUM_STEPS])
 
 
 class PlainEngine:
@@ -118,17 +138,23 @@ class PlainEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def freeze(self, parts: Collection[str]) -> None:
+        """Leave exactly these parts as they are from now on: without a gradient AdamW passes them over."""
+        frozen = names_of_parts(self._model, parts)
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+
     def state(self) -> dict[str, Tensor]:
         """Weights and AdamW moments by parameter name, and the number of updates."""
-        tensors, num_steps = {}, torch.zeros(())
+        tensors, updates = {}, {}
         for name, parameter in self._model.named_parameters():
             tensors[MODEL + name] = parameter.detach()
             moments = self._optimizer.state.get(parameter)
             if moments:
                 tensors[FIRST_MOMENT + name] = moments["exp_avg"]
                 tensors[SECOND_MOMENT + name] = moments["exp_avg_sq"]
-                num_steps = moments["step"]
-        return tensors | {NUM_STEPS: num_steps.clone()}
+                updates[name] = float(moments["step"])
+        return tensors | update_counts(updates)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -137,7 +163,7 @@ class PlainEngine:
             parameter.copy_(tensors[MODEL + name])
             if FIRST_MOMENT + name in tensors:
                 self._optimizer.state[parameter] = {
-                    "step": tensors[NUM_STEPS].clone().to(parameter.device),
+                    "step": updates_of(tensors, name).clone().to(parameter.device),
                     "exp_avg": tensors[FIRST_MOMENT + name].to(parameter.device).clone(),
                     "exp_avg_sq": tensors[SECOND_MOMENT + name].to(parameter.device).clone(),
                 }

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H W pixels, T tokens.
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
-from rsplatform.train.engine import FIRST_MOMENT, MODEL, NUM_STEPS, SECOND_MOMENT, gather_of_default_group
+from rsplatform.train.engine import (
+    FIRST_MOMENT,
+    MODEL,
+    SECOND_MOMENT,
+    gather_of_default_group,
+    update_counts,
+    updates_of,
+)
+from rsplatform.train.freezing import names_of_parts
 from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
@@ -76,6 +84,7 @@ class FsdpEngine:
         for method in _INFERENCE:
             register_fsdp_forward_method(model, method)
         self._optimizer = build_optimizer(model, config)
+        self._settle()
 
     @property
     def model(self) -> Mammut:
@@ -119,17 +128,31 @@ class FsdpEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def freeze(self, parts: Collection[str]) -> None:
+        """Leave exactly these parts as they are from now on: without a gradient AdamW passes them over."""
+        frozen = names_of_parts(self._model, parts)
+        for name, parameter in self._shards().items():
+            parameter.requires_grad_(name not in frozen)
+
+    def _settle(self) -> None:
+        """FSDP2 chooses each unit's dtypes at the first call, among the parameters that need a gradient then: a unit
+        that began frozen could never be trained. So the first call comes here, before anything is frozen."""
+        with torch.no_grad():
+            scale = self._model.log_logit_scale
+            self._model.head(torch.zeros(1, self._model.config.vision.width, dtype=scale.dtype, device=scale.device))
+        self._root.reshard()
+
     def state(self) -> dict[str, Tensor]:
         """Weights and moments by parameter name, whole and in every process's host memory; PlainEngine's names."""
-        tensors, num_steps = {}, torch.zeros(())
+        tensors, updates = {}, {}
         for name, parameter in self._shards().items():
             tensors[MODEL + name] = _whole(parameter.detach()).cpu()
             moments = self._optimizer.state.get(parameter)
             if moments:
                 for prefix, key in _MOMENTS.items():
                     tensors[prefix + name] = _whole(moments[key]).cpu()
-                num_steps = _whole(moments["step"]).cpu()
-        return tensors | {NUM_STEPS: num_steps.clone()}
+                updates[name] = float(_whole(moments["step"]))
+        return tensors | update_counts(updates)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -137,7 +160,7 @@ class FsdpEngine:
         for name, parameter in self._shards().items():
             parameter.copy_(_cut_like(parameter, tensors[MODEL + name]))
             if FIRST_MOMENT + name in tensors:
-                moments: dict[str, Tensor] = {"step": tensors[NUM_STEPS].clone().to(self.device)}
+                moments: dict[str, Tensor] = {"step": updates_of(tensors, name).clone().to(self.device)}
                 for prefix, key in _MOMENTS.items():
                     moments[key] = torch.zeros_like(parameter).copy_(_cut_like(parameter, tensors[prefix + name]))
                 self._optimizer.state[parameter] = moments

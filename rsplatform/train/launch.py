@@ -13,21 +13,22 @@ from typing import Any
 from matplotlib.figure import Figure
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from rich.console import Console
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.store import SampleStore
-from rsplatform.model.tokenizer import Tokenizer
+from rsplatform.model.resolution import with_image_size
 from rsplatform.model.weights import TOKENIZER_FILE, model_from_tensors, save_model
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
+from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import MODEL
 from rsplatform.train.pretrain import EMA, Progress, TrainingDivergedError
 from rsplatform.train.progress import shown_progress
 from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.train_tokenizer import learn, read_tokenizer
 from rsplatform.train.worker import (
     WorkerJob,
     initial_model,
@@ -57,25 +58,30 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
 
 
 def prepare_tokenizer(config: PretrainConfig, cluster: Cluster, folder: str) -> None:
-    """Put the run's tokenizer below `folder`: the named one, `start_from`'s, or one trained on the captions."""
+    """Put the run's tokenizer below `folder`: the named one, `start_from`'s, or one trained on the captions.
+
+    Raises:
+        RecipeMismatchError: the named one has more tokens than the model.
+    """
     target = f"{folder}/tokenizer/{TOKENIZER_FILE}"
     if storage.exists(target):
         return
     if config.start_from is not None:
         data = storage.read_bytes(f"{cluster.root}/{config.start_from}/model/{TOKENIZER_FILE}")
-    elif config.tokenizer is not None:
-        data = storage.read_bytes(cluster.resolve(config.tokenizer))
+        storage.write_bytes(target, data)
+        return
+    assert config.model is not None, "the recipe's validator demands one of model and start_from"
+    vocab_size = config.model.mammut_config().text.vocab_size
+    if config.tokenizer is not None:
+        tokenizer = read_tokenizer(config.tokenizer, cluster)
     else:
-        assert config.model is not None, "the recipe's validator demands one of model and start_from"
-        captions = SampleStore(cluster.root, config.dataset, config.split).all_captions()
-        vocab_size = config.model.mammut_config().text.vocab_size
-        with Console(stderr=True).status(
-            f"tokenizer: learning up to {vocab_size} tokens from {len(captions)} captions"
-        ):
-            tokenizer = Tokenizer.train(captions, vocab_size)
-        logger.info("tokenizer: %d tokens from %d captions", tokenizer.vocab_size, len(captions))
-        data = tokenizer.to_json().encode()
-    storage.write_bytes(target, data)
+        tokenizer = learn(SampleStore(cluster.root, config.dataset, config.split).all_captions(), vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        raise RecipeMismatchError(
+            f"{config.tokenizer} has {tokenizer.vocab_size} tokens, the model a vocabulary of {vocab_size}; "
+            f"set model.settings.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    storage.write_bytes(target, tokenizer.to_json().encode())
 
 
 def launch(job: WorkerJob, cluster: Cluster) -> Progress:
@@ -132,7 +138,8 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
 def export_model(job: WorkerJob) -> int:
     """Write model/ from the last checkpoint, or the best if the recipe says so; returns its step.
 
-    What is written is the moving average of the weights if there is one, else the weights.
+    What is written is the moving average of the weights if there is one, else the weights. The model's own image size
+    is the last phase's: the size that the weights were last trained at.
     """
     checkpoints, keep_best = job.checkpoints, job.config.keep_best
     steps = checkpoints.steps()
@@ -146,6 +153,7 @@ def export_model(job: WorkerJob) -> int:
     weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     config = initial_model(job.config, job.root).config
     model = model_from_tensors(config, weights, checkpoints.uri)
+    model = with_image_size(model, job.config.curriculum.image_sizes(config)[-1])
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, load_tokenizer(job.folder))
         storage.upload_folder(Path(folder), f"{job.folder}/model")

@@ -48,15 +48,33 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Sizes and choices of the loader. `cache_gb` bounds decoded, resized pictures kept in memory (0: none)."""
+    """Sizes and choices of the loader. `cache_gb` bounds decoded, resized pictures kept in memory (0: none).
+
+    `phases`: (number of steps, image size) of each phase where a curriculum changes the size; `image_size` holds
+    where they end. Pictures are decoded and kept at the largest of the sizes.
+    """
 
     image_size: int
     context_length: int
+    phases: tuple[tuple[int, int], ...] = ()
     seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
     cache_gb: float = 0.0
     decode_threads: int = 2
     prefetch_batches: int = 3
+
+    @property
+    def source_size(self) -> int:
+        """Side in pixels that pictures are kept at before augmentation."""
+        return self.augmentation.source_size(max([self.image_size, *(size for _, size in self.phases)]))
+
+    def size_at(self, step: int) -> int:
+        """Side in pixels of the pictures of a step."""
+        for num_steps, size in self.phases:
+            if step < num_steps:
+                return size
+            step -= num_steps
+        return self.image_size
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class Loader:
         self.plan = plan
         self.config = config
         self.share = share or Share()
-        self._source_size = config.augmentation.source_size(config.image_size)
+        self._source_size = config.source_size
         self._cache: dict[int, Square] = {}
         self._cache_slots = int(config.cache_gb * 1e9 / (3 * self._source_size**2))
         self._cache_lock = threading.Lock()
@@ -151,7 +169,7 @@ class Loader:
         captions = self.source.captions(index)
         caption = captions[int(rng.integers(len(captions)))]
         square, config = squares[index], self.config
-        pixels_HWC, covered = augment(square.pixels_HWC, config.image_size, config.augmentation, caption, rng)
+        pixels_HWC, covered = augment(square.pixels_HWC, config.size_at(step), config.augmentation, caption, rng)
         return View(caption, pixels_HWC, square.ground_sample_distance_m * covered)
 
     def _squares(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, Square]:

@@ -5,7 +5,7 @@ clips gradients and steps. Torch only. The logit scale's clamp is part of the mo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rsplatform.model.mammut import Mammut
+from rsplatform.train.freezing import is_in_parts
 
 # What comes before the first block of a tower, by its name there.
 _BEFORE_BLOCKS = (
@@ -105,26 +106,48 @@ def layer_rate_factors(model: Mammut, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay ** num_above(name) for name, _ in model.named_parameters()}
 
 
-def parameter_groups(model: Mammut, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: Mammut, config: OptimizerConfig, freezable: Collection[str] = ()) -> list[dict[str, Any]]:
     """Groups of equal decay and equal `rate_factor`; parameters without gradient are in none.
 
-    Matrices decay; vectors and single numbers (norms, biases, gains, the logit scale) do not.
+    Matrices decay; vectors and single numbers (norms, biases, gains, the logit scale) do not. Parameters that differ
+    in which of the parts `freezable` they belong to stand in different groups, so that a group is frozen as a whole
+    (`PausableAdamW`).
     """
     factors = layer_rate_factors(model, config.layer_decay) if config.layer_decay else {}
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[tuple[str, ...], bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, factors.get(name, 1.0)), []).append(parameter)
+            parts = tuple(part for part in freezable if is_in_parts(name, [part]))
+            groups.setdefault((parts, parameter.ndim < 2, factors.get(name, 1.0)), []).append(parameter)
     return [
-        {"params": groups[key], "weight_decay": config.weight_decay if key[0] else 0.0, "rate_factor": key[1]}
-        for key in sorted(groups, reverse=True)
+        {
+            "params": groups[parts, is_vector, factor],
+            "weight_decay": 0.0 if is_vector else config.weight_decay,
+            "rate_factor": factor,
+            "parts": parts,
+            "frozen": False,
+        }
+        for parts, is_vector, factor in sorted(groups)
     ]
 
 
-def build_optimizer(model: Mammut, config: OptimizerConfig) -> torch.optim.AdamW:
+class PausableAdamW(torch.optim.AdamW):
+    """AdamW that leaves groups with `frozen` set as they are: weights, moments and number of updates."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update the groups that are not frozen."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["frozen"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def build_optimizer(model: Mammut, config: OptimizerConfig, freezable: Collection[str] = ()) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the learning rate is set before every step."""
-    groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    groups = parameter_groups(model, config, freezable)
+    return PausableAdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

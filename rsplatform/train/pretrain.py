@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W pixels, T tokens, K values.
 """
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -84,7 +84,8 @@ class Hooks:
     """What the loop calls: `report(metrics, step)`, `save(tensors, progress)`, `validate() -> metrics`.
 
     `auxiliary_loss(model, step) -> (loss, detached parts)` is added to MaMMUT's loss (self-training's patch loss);
-    it runs the module itself, so it is only for engines that keep it whole.
+    it runs the module itself, so it is only for engines that keep it whole. `frozen_parts(step)` names the parts of the
+    model (freezing.py) that the step leaves as they are.
 
     Each is called on every process (state and validation are collective); write on rank 0 only.
     """
@@ -93,6 +94,7 @@ class Hooks:
     save: Callable[[dict[str, Tensor], Progress], None]
     validate: Callable[[], dict[str, float]] | None = None
     auxiliary_loss: AuxiliaryLoss | None = None
+    frozen_parts: Callable[[int], Collection[str]] | None = None
 
 
 def fit(
@@ -119,11 +121,13 @@ def fit(
     devices = Devices(world_size, engine.device, config.peak_tflops)
     started = time.perf_counter() - progress.elapsed_s
     last_save_s, window = progress.elapsed_s, Window()
+    frozen: Collection[str] = ()
     with closing(batches(progress.step, config.num_steps)) as stream:
         while progress.step < config.num_steps and not progress.stopped:
             waiting_since = time.perf_counter()
             batch = next(stream)
             data_wait_s = time.perf_counter() - waiting_since
+            frozen = _freeze(engine, hooks, progress.step, frozen)
             elapsed_s = time.perf_counter() - started
             votes = _votes(config, elapsed_s, elapsed_s - last_save_s, engine)
             rate = learning_rate(progress.step)
@@ -204,6 +208,14 @@ def _restore(engine: Engine, averaged: AveragedWeights | None, resume: Resume) -
     if averaged:
         averaged.load({name.removeprefix(EMA): value for name, value in tensors.items() if name.startswith(EMA)})
     return progress
+
+
+def _freeze(engine: Engine, hooks: Hooks, step: int, frozen: Collection[str]) -> Collection[str]:
+    """Tell the engine which parts are frozen where that changes; returns them."""
+    wanted = hooks.frozen_parts(step) if hooks.frozen_parts else ()
+    if set(wanted) != set(frozen):
+        engine.freeze(wanted)
+    return wanted
 
 
 def _advance(progress: Progress, elapsed_s: float, config: LoopConfig, outcome: Outcome) -> Progress:

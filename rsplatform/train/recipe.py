@@ -39,7 +39,11 @@ class ModelRecipe(Config):
 
 
 class PretrainConfig(StageConfig):
-    """What to train, on what, for how long. `start_from` continues a model artifact: sizes, weights and tokenizer."""
+    """What to train, on what, for how long. `start_from` continues a model artifact: sizes, weights and tokenizer.
+
+    The finished model's own image size is that of the last phase, as is the size of the validation pictures: a run
+    that ends with larger pictures leaves a model that expects them.
+    """
 
     dataset: InputArtifact
     split: str = "train"
@@ -75,6 +79,8 @@ class PretrainConfig(StageConfig):
             raise ValueError("validate_every_steps needs a validation_split, e.g. val")
         if self.model and self.model.mammut_config().logit_bias != (self.loss.contrastive == "sigmoid"):
             raise ValueError("loss.contrastive: sigmoid and model.settings.logit_bias: true belong together; set both")
+        if self.model is not None:
+            self.curriculum.image_sizes(self.model.mammut_config())
         return self
 
     @model_validator(mode="after")
@@ -114,10 +120,16 @@ class PretrainConfig(StageConfig):
         )
 
     def loader_config(self, model: MammutConfig, decode_threads: int) -> LoaderConfig:
-        """Settings of the loader of training batches."""
+        """Settings of the loader of training batches.
+
+        Raises:
+            RecipeMismatchError: a phase's image_size does not divide into the model's patches.
+        """
+        image_sizes = self.curriculum.image_sizes(model)
         return LoaderConfig(
-            image_size=model.vision.image_size,
+            image_size=image_sizes[-1],
             context_length=model.text.context_length,
+            phases=tuple((phase.steps, size) for phase, size in zip(self.phases, image_sizes, strict=True)),
             seed=self.seed,
             augmentation=self.augmentation,
             cache_gb=self.cache_gb,

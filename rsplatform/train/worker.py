@@ -93,7 +93,8 @@ def run_worker(job: WorkerJob) -> Progress:
         resume = job.checkpoints.latest()
         loop = job.config.loop_config(job.placement)
         with Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0) as recorder:
-            hooks = Hooks(recorder.report, recorder.save, _validation(job, engine, tokenizer, config))
+            validate = _validation(job, engine, tokenizer, config)
+            hooks = Hooks(recorder.report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
             return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
 
 
@@ -223,6 +224,7 @@ def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
         job.config.optimizer,
         batch_size=job.config.batch_size // share.world_size,
         zero_stage=job.placement.zero_stage,
+        freezable=job.config.curriculum.freezable,
     )
 
 

@@ -79,3 +79,30 @@ def test_missing_splits_and_tables_are_named(cluster: Cluster) -> None:
         open_table(cluster.root, "chips/none/v1")
     with pytest.raises(ValueError, match="hold no pictures"):
         open_table(cluster.root, "dataset/b/v1")
+
+
+def test_held_out_classes_go_to_the_ledger_with_what_showed_them(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    stadium = {"id": "l1", "kind": "stadium", "name": "", "position": "centre", "area_fraction": 0.5}
+    chips = [chip(0, "train") | {"landmarks": [stadium]}, chip(1, "train"), chip(2, "val") | {"landmarks": [stadium]}]
+    captions = [{"id": f"chip-{i}", "captions": [f"caption {i}"], "claims": []} for i in range(2)]
+    texts = {"web-a": ["a quiet bay", "boats in two harbours"], "web-b": ["a field"]}
+    pairs = [{"id": name, "image": b"", "captions": text, "split": "train"} for name, text in texts.items()]
+    write_artifact(cluster.root, "chips/h/v1", "chips.lance", pa.Table.from_pylist(chips, schema=CHIP_SCHEMA))
+    write_artifact(
+        cluster.root, "captions/h/v1", "captions.lance", pa.Table.from_pylist(captions, schema=CAPTION_SCHEMA)
+    )
+    write_artifact(
+        cluster.root, "web_pairs/h/v1", "web_pairs.lance", pa.Table.from_pylist(pairs, schema=WEB_PAIR_SCHEMA)
+    )
+    sources = [ChipSource(chips="chips/h/v1", captions="captions/h/v1"), WebSource(web_pairs="web_pairs/h/v1")]
+    holdout = ["stadium", "harbour", "windmill"]
+    artifact = build_dataset(BuildDatasetConfig(output="dataset/h/v1", sources=sources, holdout=holdout), cluster)
+    dropped = {"holdout_harbour": 1, "holdout_stadium": 1, "no_caption": 1}
+    assert artifact.manifest()["counts"] == {"inputs": 5, "kept": 2, "dropped": dropped}
+    assert SampleStore(cluster.root, "dataset/h/v1", "train").ids == ["chip-1", "web-b"]
+    details = {row["id"]: row["detail"] for row in read_drops(artifact).to_pylist()}
+    assert details["chip-0"] == "landmark: stadium"
+    assert details["web-a"] == "caption: boats in two harbours"
+    assert "no sample names 'windmill'" in caplog.text

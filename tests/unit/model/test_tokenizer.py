@@ -1,9 +1,9 @@
 """The tokenizer: fixed special ids, any string round-trips, training is deterministic, files are checked."""
 
-import json
-
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from rsplatform.model.tokenizer import Tokenizer
 
@@ -56,16 +56,35 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
+def test_clips_layout_of_a_vocabulary_is_read(tmp_path):
+    """Words end in </w>, texts are between two tokens at the end of the vocabulary, and 0 is an ordinary token."""
+    backend = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\S+"), "removed", invert=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, end_of_word_suffix="</w>", show_progress=False)
+    backend.train_from_iterator(TEXTS, trainer=trainer)
+    backend.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.start_id, loaded.end_id) == (loaded.vocab_size - 2, loaded.vocab_size - 1)
+    ids = loaded.encode(["Many boats"], 8)[0]
+    assert (ids[0], ids[-1], (ids == loaded.end_id).sum()) == (loaded.start_id, 0, 1)
+    assert loaded.decode(ids) == "many boats"
+
+
 def test_bad_files_and_arguments_are_named(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.json"):
         Tokenizer.load(tmp_path / "absent.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="bad.json"):
         Tokenizer.load(tmp_path / "bad.json")
-    swapped = json.loads(tokenizer.to_json().replace("<pad>", "<other>"))
-    (tmp_path / "other.json").write_text(json.dumps(swapped))
-    with pytest.raises(ValueError, match="other.json.*<pad>"):
-        Tokenizer.load(tmp_path / "other.json")
+    for change, problem in ((("<start>", "<other>"), "there is none"), (("<pad>", "<s>"), "id 0, which is padding")):
+        changed = tokenizer.to_json().replace(*change).replace("<start>", "<first>").replace("<end>", "</s>")
+        (tmp_path / "other.json").write_text(changed)
+        with pytest.raises(ValueError, match=f"other.json.*start and end a text.*{problem}"):
+            Tokenizer.load(tmp_path / "other.json")
     with pytest.raises(ValueError, match="vocab_size 100"):
         Tokenizer.train(TEXTS, 100)
     with pytest.raises(TypeError, match="list of texts"):

@@ -79,6 +79,22 @@ def test_a_run_continues_from_another_model(trained: Artifact, cluster: Cluster)
     assert weights_of(continued).keys() == weights_of(trained).keys()
 
 
+def test_the_model_has_the_image_size_of_the_last_phase(cluster: Cluster) -> None:
+    schedule = {"learning_rate": 1e-3}
+    phases = [
+        {"name": "small", "steps": 2, "schedule": schedule, "freeze": ["vision"]},
+        {"name": "large", "steps": 2, "schedule": schedule, "image_size": 24},
+    ]
+    artifact = pretrain(PretrainConfig(**tiny_recipe(output="model/larger/v1", phases=phases)), cluster)
+    embedder = Embedder.load(Path(artifact.uri) / "model")
+    assert embedder.image_size == 24
+    recipe = tiny_recipe(output="model/larger_still/v1", start_from=artifact.ref, model=None, phases=phases[:1])
+    continued = pretrain(PretrainConfig(**recipe), cluster)
+    assert Embedder.load(Path(continued.uri) / "model").image_size == 24, "a phase without a size keeps the model's own"
+    frozen = [name for name in weights_of(artifact) if name.startswith("vision.")]
+    assert all((weights_of(continued)[name] == weights_of(artifact)[name]).all() for name in frozen)
+
+
 def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:
     phases = [{"name": "mad", "steps": 8, "schedule": {"learning_rate": 1e30, "decay": "constant"}}]
     config = PretrainConfig(**tiny_recipe(output="model/mad/v1", phases=phases))

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rsplatform.model.losses import LossConfig
+from rsplatform.model.normalise import normalise
+from rsplatform.model.recall import recall_at_k
 from rsplatform.train.checkpoint import CheckpointError, CheckpointFolder
 from rsplatform.train.engine import PlainEngine
 from rsplatform.train.optimizer import OptimizerConfig
@@ -134,7 +136,9 @@ def test_validation_is_repeatable_and_leaves_the_model_training() -> None:
     loader = tiny_loader()
     first = validation_losses(engine, loader.batches, 2, LossConfig())
     assert first == validation_losses(engine, loader.batches, 2, LossConfig())
-    assert set(first) == {"val_loss", "val_contrastive", "val_caption"}
+    recalls = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"mean_recall"}
+    names = {"loss", "contrastive", "caption"} | recalls | {f"chance_{name}" for name in recalls}
+    assert set(first) == {f"val_{name}" for name in names}
     assert engine.model.training
 
 
@@ -156,6 +160,22 @@ def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> Non
     learned, start = engine.model.state_dict(), options_model().state_dict()
     for name in ("logit_bias", "vision.scale_encoding.weight_DF"):
         assert not torch.equal(learned[name], start[name])
+
+
+def test_validation_recall_is_that_of_all_held_out_pairs_together() -> None:
+    """Over the batches, not within each: 16 pictures, and as the evaluation computes it."""
+    engine, loader = PlainEngine(tiny_model(), OptimizerConfig()), tiny_loader()
+    found = validation_losses(engine, loader.batches, 2, LossConfig())
+    batches = list(loader.batches(0, 2))
+    model = engine.model.eval()
+    with torch.no_grad():
+        images = torch.cat(
+            [model.encode_image(normalise(batch.images_BHWC, (0.5,) * 3, (0.5,) * 3)) for batch in batches]
+        )
+        texts = torch.cat([model.encode_text(batch.tokens_BT) for batch in batches])
+    expected = recall_at_k(images.numpy(), texts.numpy(), range(16))
+    assert {name: found[f"val_{name}"] for name in expected} == pytest.approx(expected)
+    assert found["val_chance_t2i_r5"] == pytest.approx(100 * 5 / 16)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_damage_is_named(tmp_path: Path) -> None:

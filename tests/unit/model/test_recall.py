@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsplatform.evaluate import retrieval
-from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
+from rsplatform.model import recall
+from rsplatform.model.recall import chance_recall, recall_at_k
 
 
 def slow_recall(images, texts, image_of_text, ks):
@@ -35,7 +35,7 @@ def test_equals_the_slow_version_with_many_ties(data, rows):
     owners = st.lists(st.integers(0, num_images - 1), min_size=num_texts, max_size=num_texts)
     image_of_text = data.draw(owners)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "CHUNK_SCORES", rows)
+        patch.setattr(recall, "CHUNK_SCORES", rows)
         found = recall_at_k(images.astype(np.float32), texts.astype(np.float32), image_of_text, (1, 2, 5))
     assert found == pytest.approx(slow_recall(images, texts, image_of_text, (1, 2, 5)))
 
