@@ -9,6 +9,7 @@ Run: `python benchmarks/rsicd.py …/rsicd --out results --seeds 0 1 2 --variant
 
 import argparse
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ class EncodedPicture:
 
     id: str
     image: bytes
-    ground_sample_distance_m: float | None = None
+    ground_sample_distance_m: float = math.nan
 
 
 class Split:
@@ -104,7 +105,9 @@ def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings:
         split,
         tokenizer,
         sampler.batch,
-        LoaderConfig(64, model.config.text.context_length, seed, augmentation, cache_gb=1.0, decode_threads=1),
+        LoaderConfig(
+            64, model.config.text.context_length, seed=seed, augmentation=augmentation, cache_gb=1.0, decode_threads=1
+        ),
     )
     contrastive_weight, caption_weight = WEIGHTS[variant]
     loss = LossConfig(contrastive_weight=contrastive_weight, caption_weight=caption_weight * settings.caption_weight)

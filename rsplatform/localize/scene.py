@@ -102,8 +102,7 @@ def score_strips(
 ) -> Iterator[Strip]:
     """Smooth attention over the scene, one score per patch of the grid anchored at the scene's first pixel.
 
-    The maps of `narrower` windows follow those of `tiling.window` along C. They are made from the same patches of
-    the same tiles with the same blending, which steadies a map as well: only so are windows comparable.
+    The maps of `narrower` windows follow along C. Patches, tiles and blending are shared, so windows are comparable.
 
     Where the scene ends inside a tile or a patch, its reflection completes the picture that the encoder sees,
     but takes no part in the pooling. The same holds for missing patches (under half of the pixels valid),

@@ -78,10 +78,8 @@ def test_narrower_windows_share_the_patches_of_the_wide_one() -> None:
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     texts_CE = torch.from_numpy(embedder.embed_texts(["a field", "water"]))
     features = embedder.patch_features(torch.from_numpy(image)[None])
-    encoded, plain = [], embedder.patch_features
-    embedder.patch_features = lambda images_BHWC, **known: (
-        encoded.append(len(images_BHWC)) or plain(images_BHWC, **known)
-    )
+    encoded: list[int] = []
+    embedder.model.vision.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
     maps_CHW = picture_maps(embedder, image, texts_CE, window=5, narrower=[1, 3])
     assert encoded == [1]
     for first, window in ((0, 5), (2, 1), (4, 3)):

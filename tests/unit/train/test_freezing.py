@@ -66,7 +66,7 @@ def test_pictures_have_the_size_of_their_phase_and_the_cache_changes_no_pixel() 
             assert images[0].shape[1:] == (size, size, 3)
             assert torch.equal(*images)
     assert stores[0].num_reads == len(stores[0].ids) < stores[1].num_reads
-    assert {len(square) for square in cached._cache.values()} == {30}  # 1.25 × the largest
+    assert {len(square.pixels_HWC) for square in cached._cache.values()} == {30}  # 1.25 × the largest
 
 
 @torch.no_grad()

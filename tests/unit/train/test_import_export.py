@@ -92,7 +92,10 @@ def test_what_cannot_be_imported_says_why(cluster: Cluster, conformance: Path, t
     def refused(error: type[Exception], words: str, **changes) -> None:
         values = {"output": "model/bad/v1", "weights": str(conformance), "tokenizer": TOKENIZER} | changes
         with pytest.raises(error, match=words):
-            import_model(ImportModelConfig(**values), Cluster(root=str(tmp_path / words[:5]), data_root=cluster.root))
+            import_model(
+                ImportModelConfig.model_validate(values),
+                Cluster(root=str(tmp_path / words[:5]), data_root=cluster.root),
+            )
 
     for root in ("absen", "the t", "visio", "no co"):  # a root of its own for each, with the tokenizer in it
         (tmp_path / root).mkdir()
@@ -146,10 +149,12 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     assert "Attributions of the imagery: © Somebody\n" in body
     assert "Not chosen" in body and "recipe field `licence`" in body
     assert "num_images" not in body
-    licensed = ExportModelConfig(**values | {"output": "export/carded/v2"}, licence="apache-2.0")
+    licensed = ExportModelConfig.model_validate(values | {"output": "export/carded/v2"} | {"licence": "apache-2.0"})
     card = (Path(export_model(licensed, cluster).uri) / "model" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n", 2)[1])["license"] == "apache-2.0" and "Not chosen" not in card
-    others = ExportModelConfig(**values | {"output": "export/carded/v3", "evaluations": ["evaluation/other/v1"]})
+    others = ExportModelConfig.model_validate(
+        values | {"output": "export/carded/v3", "evaluations": ["evaluation/other/v1"]}
+    )
     with pytest.raises(ConfigError, match="evaluation/other/v1 measured model/carded/v1, which is another model"):
         export_model(others, cluster)
 
