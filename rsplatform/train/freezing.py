@@ -17,6 +17,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "vision.position_HWD",
         "vision.class_",
         "vision.norm_input.",
+        "vision.scale_encoding.",
         "vision.blocks.",
     ),
     "vision_pooling": ("vision.pool.", "vision.norm_output.", "vision.projection."),
@@ -24,7 +25,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "token_embedding": ("text.token_embedding_VD", "text.vocabulary_VD"),
     "cross_attention": ("text.cross_blocks.",),
     "image_to_text": ("image_to_text.",),
-    "logit_scale": ("log_logit_scale",),
+    "logit_scale": ("log_logit_scale", "logit_bias"),
 }
 
 

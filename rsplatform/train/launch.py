@@ -15,11 +15,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from rsplatform import storage
-from rsplatform.artifacts import Artifact
+from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.store import SampleStore
+from rsplatform.model.mammut import MammutConfig
 from rsplatform.model.resolution import with_image_size
-from rsplatform.model.weights import TOKENIZER_FILE, model_from_tensors, save_model
+from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, model_from_tensors, save_model
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
@@ -46,15 +47,36 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
     done = finished(config, cluster)
     if done:
         return done
+    _check_start(config, cluster)
     with open_stage(config, cluster) as stage:
         prepare_tokenizer(config, cluster, stage.artifact.uri)
         job = WorkerJob(config, cluster.root, stage.artifact.uri, cluster.train, stage.run)
         progress = launch(job, cluster)
-        exported_step = export_model(job)
-        _describe(stage, config, progress)
-        if config.keep_best is not None:
-            stage.counts["exported_step"] = exported_step
+        _describe(stage, config, progress, export_model(job))
     return stage.artifact
+
+
+def _check_start(config: PretrainConfig, cluster: Cluster) -> None:
+    """What the recipe asks of the model that it starts from, before anything is begun for it.
+
+    Raises:
+        ArtifactError: the model is missing or unfinished.
+        RecipeMismatchError: the loss needs another model, or a phase's image size does not fit its patches.
+    """
+    if config.start_from is None:
+        return
+    folder = open_artifact(cluster.root, config.start_from).path("model")
+    model = MammutConfig.from_dict(storage.read_json(f"{folder}/{CONFIG_FILE}"))
+    if model.logit_bias != (config.loss.contrastive == "sigmoid"):
+        has = "has a logit bias" if model.logit_bias else "has no logit bias"
+        raise RecipeMismatchError(
+            f"start_from {config.start_from} {has}: it goes with loss.contrastive "
+            f"{'sigmoid only' if model.logit_bias else 'softmax or focal_sigmoid'}"
+        )
+    try:
+        config.curriculum.image_sizes(model)
+    except ValueError as error:
+        raise RecipeMismatchError(f"start_from {config.start_from}: {error}") from error
 
 
 def prepare_tokenizer(config: PretrainConfig, cluster: Cluster, folder: str) -> None:
@@ -97,8 +119,9 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
         outcome = _ray_train(job)
     if job.run is not None:
         job.run.outbox.rows.extend(outcome["unsent"])
-    if "diverged" in outcome:
-        raise TrainingDivergedError(outcome["diverged"])
+    for name, error in (("diverged", TrainingDivergedError), ("mismatch", RecipeMismatchError)):
+        if name in outcome:
+            raise error(outcome[name])
     return Progress(**outcome["progress"])
 
 
@@ -135,8 +158,8 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
     return outcome
 
 
-def export_model(job: WorkerJob) -> int:
-    """Write model/ from the last checkpoint, or the best if the recipe says so; returns its step.
+def export_model(job: WorkerJob) -> Progress:
+    """Write model/ from the last checkpoint, or the best if the recipe says so; returns where it stood.
 
     What is written is the moving average of the weights if there is one, else the weights. The model's own image size
     is the last phase's: the size that the weights were last trained at.
@@ -148,7 +171,7 @@ def export_model(job: WorkerJob) -> int:
     step = steps[-1]
     if keep_best is not None and keep_best.export == "best":
         step = keep_best.step(read_history(job.folder), steps) or step
-    tensors, _ = checkpoints.load(step)
+    tensors, progress = checkpoints.load(step)
     prefix = EMA if job.config.ema_decay is not None else MODEL
     weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     config = initial_model(job.config, job.root).config
@@ -157,19 +180,22 @@ def export_model(job: WorkerJob) -> int:
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, load_tokenizer(job.folder))
         storage.upload_folder(Path(folder), f"{job.folder}/model")
-    return step
+    return progress
 
 
-def _describe(stage: Stage, config: PretrainConfig, progress: Progress) -> None:
+def _describe(stage: Stage, config: PretrainConfig, progress: Progress, exported: Progress) -> None:
+    """Counts of the whole training; `final/` metrics are those of the exported weights."""
     history = read_history(stage.artifact.uri)
     last: dict[str, float] = {}
     for row in history:
-        last |= row
-    stage.log({f"final/{name}": value for name, value in last.items() if name != "step"}, progress.step)
+        last |= row if row["step"] <= exported.step else {}
+    stage.log({f"final/{name}": value for name, value in last.items() if name != "step"}, exported.step)
     stage.log({"training_minutes": progress.elapsed_s / 60}, progress.step)
     stage.counts = {
         "steps": progress.step,
-        "samples_seen": progress.step * config.batch_size,
+        "samples_seen": (progress.step - progress.guard.skipped_steps) * config.batch_size,
+        "skipped_steps": progress.guard.skipped_steps,
+        "exported_step": exported.step,
         "stopped_early": int(bool(progress.stopped)),
     }
     if progress.stopped:

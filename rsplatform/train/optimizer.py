@@ -22,6 +22,7 @@ _BEFORE_BLOCKS = (
     "class_token_D",
     "class_position_D",
     "norm_input",
+    "scale_encoding",
     "token_embedding_VD",
     "position_TD",
 )

@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from rsplatform import storage, tracking
 from rsplatform.artifacts import Artifact
-from rsplatform.cluster import Cluster, TrainPlacement
+from rsplatform.cluster import Cluster
 from rsplatform.config import Config, ConfigError, StageConfig, TemplateMarker, validate
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
@@ -152,12 +152,9 @@ def _job(config: TuneConfig, cluster: Cluster, stage: Stage, index: int) -> Work
     run = tracking.start_run(cluster.root, config.pipeline, name, values, tags=tags, resume=resume)
     storage.write_json(note, {"run_id": run.run_id, "values": values})
     prepare_tokenizer(recipe, cluster, folder)
-    placement = TrainPlacement(
-        launcher="local",
-        cpus_per_worker=cluster.tune.cpus_per_trial,
-        gpus_per_worker=cluster.tune.gpus_per_trial,
-        decode_threads=cluster.train.decode_threads,
-    )
+    own = {"launcher": "local", "engine": "plain", "num_workers": 1}
+    resources = {"cpus_per_worker": cluster.tune.cpus_per_trial, "gpus_per_worker": cluster.tune.gpus_per_trial}
+    placement = cluster.train.model_copy(update=own | resources)
     return WorkerJob(recipe, cluster.root, folder, placement, run)
 
 

@@ -59,7 +59,7 @@ class WorkerJob:
 
 
 def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """`run_worker` as Ray Train calls it. A divergence is an answer, not a failure: a restart would meet it again.
+    """`run_worker` as Ray Train calls it. What a restart would meet again is an answer, not a failure.
 
     The answer also holds the metrics that MLflow has not taken, `unsent`: the driver tries once more.
     """
@@ -69,6 +69,8 @@ def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {"progress": asdict(run_worker(job))}
     except TrainingDivergedError as error:
         answer = {"diverged": str(error)}
+    except RecipeMismatchError as error:
+        answer = {"mismatch": str(error)}
     return answer | {"unsent": job.run.outbox.rows if job.run else []}
 
 

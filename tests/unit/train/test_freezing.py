@@ -98,7 +98,15 @@ def test_phases_that_cannot_be_are_refused_at_load(change: dict, words: str) -> 
 
 
 def test_every_parameter_belongs_to_a_part() -> None:
-    model = tiny_model(vision_pooling="map", class_token=True, input_norm=True, cross_mlp=True, tied_vocabulary=False)
+    model = tiny_model(
+        vision_pooling="map",
+        class_token=True,
+        input_norm=True,
+        cross_mlp=True,
+        tied_vocabulary=False,
+        logit_bias=True,
+        ground_sample_distance_encoding=True,
+    )
     names = [name for name, _ in model.named_parameters()]
     for parts in (
         ["vision", "text", "image_to_text"],

@@ -18,6 +18,7 @@ from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.worker import Recorder, read_history
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
+PHASE = {"name": "one", "steps": 4, "schedule": {"learning_rate": 1e-3}}
 EVERY_STEP = {"validate_every_steps": 1, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
 
 
@@ -39,7 +40,13 @@ def trained(cluster: Cluster) -> Artifact:
 
 def test_the_front_door_leaves_a_model_that_embeds(trained: Artifact, cluster: Cluster) -> None:
     manifest = trained.manifest()
-    assert manifest["counts"] == {"steps": 8, "samples_seen": 64, "stopped_early": 0}
+    assert manifest["counts"] == {
+        "steps": 8,
+        "samples_seen": 64,
+        "skipped_steps": 0,
+        "exported_step": 8,
+        "stopped_early": 0,
+    }
     assert {"final/loss", "final/val_contrastive", "training_minutes"} <= set(manifest["metrics"])
     embedder = Embedder.load(Path(trained.uri) / "model")
     assert embedder.embed_texts(["a red field"]).shape == (1, embedder.embedding_width)
@@ -95,6 +102,21 @@ def test_the_model_has_the_image_size_of_the_last_phase(cluster: Cluster) -> Non
     assert all((weights_of(continued)[name] == weights_of(artifact)[name]).all() for name in frozen)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": {"contrastive": "sigmoid"}}, "has no logit bias: it goes with loss.contrastive softmax"),
+        ({"phases": [PHASE | {"image_size": 18}]}, "start_from model/.*18 is not a multiple"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_any_worker(
+    trained: Artifact, cluster: Cluster, changes: dict, words: str
+) -> None:
+    recipe = tiny_recipe(output="model/second/v1", model=None, start_from=trained.ref, **changes)
+    with pytest.raises(RecipeMismatchError, match=words):
+        pretrain(PretrainConfig(**recipe), cluster)
+
+
 def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:
     phases = [{"name": "mad", "steps": 8, "schedule": {"learning_rate": 1e30, "decay": "constant"}}]
     config = PretrainConfig(**tiny_recipe(output="model/mad/v1", phases=phases))
@@ -114,6 +136,11 @@ def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:
         ({"loss": {"contrastive": "sigmoid"}}, "belong together; set both"),
         ({"model": {"size": "mini", "settings": {"logit_bias": True}}}, "belong together; set both"),
         ({"model": {"size": "openmammut"}}, "openmammut_S"),
+        ({"keep_best": {}, "ema_decay": 0.9}, "keep_best compares the weights as they are"),
+        (
+            {"keep_best": {}, "phases": [PHASE, PHASE | {"image_size": 32}]},
+            "keep_best compares validations",
+        ),
     ],
 )
 def test_bad_recipes_are_refused_at_load(changes: dict, words: str) -> None:
