@@ -47,13 +47,14 @@ VALIDATION_SEED = "validation"
 class FilterWebConfig(StageConfig):
     """Candidates, the classifier that judges them, and what they must not repeat.
 
+    Without `overhead` pictures of every view are kept, which is what a first phase on web pairs of all kinds wants.
     `evaluation_images`: no candidate may be a copy of one of these. `max_text_repeats`: how many rows may carry the
     same caption. `validation_fraction`: the share of rows whose split is val, drawn by their id alone. (The numbers are
     our defaults.)
     """
 
     candidates: list[CandidateSource] = Field(min_length=1)
-    overhead: InputArtifact
+    overhead: InputArtifact | None = None
     evaluation_images: list[CandidateSource] = Field(default_factory=list)
     max_text_repeats: int = Field(default=20, ge=1)
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -92,9 +93,11 @@ def make_shards(config: FilterWebConfig, cluster: Cluster) -> list[Shard]:
 
 
 def make_pipeline(config: FilterWebConfig, cluster: Cluster, artifact: Artifact) -> Pipeline:
-    """Read and check as tasks, score in actors that hold the classifier."""
-    overhead_uri = open_artifact(cluster.root, config.overhead).uri
+    """Read and check as tasks, score in actors that hold the classifier, if there is one."""
     read = ReadCandidates(config, cluster, artifact.path(EVALUATION_HASHES))
+    if config.overhead is None:
+        return Pipeline(STAGE, artifact, TABLE, _table_schema(), read, (leave_unscored,))
+    overhead_uri = open_artifact(cluster.root, config.overhead).uri
     return Pipeline(STAGE, artifact, TABLE, _table_schema(), read, (Loaded(ScoreOverhead, (overhead_uri,)),))
 
 
@@ -181,6 +184,11 @@ class ScoreOverhead:
         for name in ("drop_reason", "drop_detail"):
             table = replace_column(table, name, pa.array([row[name] for row in rows], pa.string()))
         return replace_column(table, "overhead_score", pa.array(scores, pa.float32()))
+
+
+def leave_unscored(table: pa.Table) -> pa.Table:
+    """No classifier judges the pictures: their overhead score is null."""
+    return replace_column(table, "overhead_score", pa.nulls(table.num_rows, pa.float32()))
 
 
 def drop_repeats(artifact: Artifact, max_text_repeats: int) -> list[Drop]:

@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,10 +16,18 @@ from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import load_config
-from rsplatform.curate.filter_web import FilterWebConfig, ReadCandidates, store_evaluation_hashes
+from rsplatform.curate.filter_web import (
+    FilterWebConfig,
+    ReadCandidates,
+    drop_repeats,
+    make_pipeline,
+    make_shards,
+    store_evaluation_hashes,
+)
 from rsplatform.curate.overhead import LabelledSource, OverheadTest, TrainOverheadConfig, score_tests
 from rsplatform.curate.overhead_model import OverheadNet, average_precision, pick_threshold
 from rsplatform.curate.picture_hash import NearIndex, content_hash, difference_hash
+from rsplatform.curate.pipeline import run_plain
 from rsplatform.ledger import read_drops
 from rsplatform.sources.web import ParquetCandidates, PictureFolderCandidates, count_candidates, read_candidates
 
@@ -68,6 +77,25 @@ def test_each_bad_picture_is_a_drop_and_the_rest_goes_on(tmp_path: Path) -> None
     reasons = dict(zip(table["id"].to_pylist(), table["drop_reason"].to_pylist(), strict=True))
     expected = ["empty", "unreadable", "too_many_pixels", "no_image", "evaluation_image", "file_name"]
     assert reasons == dict(zip(ids, [None, *expected], strict=True))
+
+
+def test_without_a_classifier_pictures_of_every_view_are_kept(tmp_path: Path) -> None:
+    """The rules of text and copies still hold, inputs = kept + dropped, and the score is null."""
+    pictures = [smooth_picture(seed) for seed in (0, 1, 2)]
+    images = [encoded(picture, "JPEG", quality=90) for picture in (*pictures, pictures[0])]
+    texts = ["a bridge over a river", "fields in spring", "IMG_1234.jpg", "a bridge over a river"]
+    pq.write_table(pa.table({"id": list("abcd"), "image": images, "alt_text": texts}), tmp_path / "pairs.parquet")
+    config = FilterWebConfig(
+        output="web_pairs/all/v1", candidates=[ParquetCandidates(path=str(tmp_path / "pairs.parquet"))]
+    )
+    cluster, artifact = Cluster(root=str(tmp_path)), Artifact(str(tmp_path), "web_pairs/all/v1")
+    store_evaluation_hashes(config, cluster, artifact)
+    counts = run_plain(make_pipeline(config, cluster, artifact), make_shards(config, cluster))
+    repeats = drop_repeats(artifact, config.max_text_repeats)
+    kept = lance.dataset(artifact.path("web_pairs.lance")).to_table(columns=["id", "overhead_score"]).to_pylist()
+    assert kept == [{"id": "a", "overhead_score": None}, {"id": "b", "overhead_score": None}]
+    assert [drop.reason for drop in repeats] == ["duplicate"]
+    assert counts["inputs"] == 4 == len(kept) + len(repeats) + sum(counts["dropped"].values())
 
 
 def test_the_split_of_a_row_depends_on_its_id_alone(tmp_path: Path) -> None:
