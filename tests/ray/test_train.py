@@ -11,10 +11,12 @@ from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 from watchfiles import watch
 
+from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cli import own_error
 from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.runtime import ray_runtime
+from rsplatform.train.checkpoint import CheckpointError
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.launch import pretrain
 from rsplatform.train.pretrain import TrainingDivergedError
@@ -65,12 +67,18 @@ def test_a_divergence_is_not_retried(cluster: Cluster) -> None:
         train(cluster, "mad", TrainPlacement(max_failures=3), phases=phases)
 
 
+def test_a_recipe_that_does_not_fit_is_not_retried(cluster: Cluster) -> None:
+    with pytest.raises(RecipeMismatchError, match="^batch_size 7 does not divide among 2 workers"):
+        train(cluster, "odd", TrainPlacement(num_workers=2, max_failures=3), batch_size=7)
+
+
 def test_a_workers_error_of_ours_is_found_in_rays(cluster: Cluster) -> None:
+    storage.write_bytes(f"{cluster.root}/model/hurt/v1/checkpoints/step_00000002.safetensors", b"damaged")
     with pytest.raises(TrainingFailedError) as raised:
-        train(cluster, "odd", TrainPlacement(num_workers=2, max_failures=0), batch_size=7)
+        train(cluster, "hurt", TrainPlacement(max_failures=0))
     told = own_error(raised.value)
-    assert isinstance(told, RecipeMismatchError)
-    assert str(told).startswith("batch_size 7 does not divide among 2 workers")
+    assert isinstance(told, CheckpointError)
+    assert "delete it to resume from the one before" in str(told)
 
 
 @pytest.mark.parametrize(("num_workers", "engine"), [(1, "plain"), (2, "deepspeed")])
