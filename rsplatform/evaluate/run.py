@@ -32,11 +32,11 @@ from rsplatform.evaluate.benchmarks import (
 )
 from rsplatform.evaluate.classification import zero_shot_accuracy
 from rsplatform.evaluate.files import squares
-from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
 from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
 from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.model.embedder import Embedder, driver_device
+from rsplatform.model.recall import chance_recall, recall_at_k
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.storage import local_folder, write_json
 
