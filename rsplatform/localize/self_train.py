@@ -219,7 +219,7 @@ def _learn(course: Course, lesson: Lesson, run: tracking.Run, number: int) -> Em
     loss = LossConfig("sigmoid" if student.config.logit_bias else "softmax")
     loop = LoopConfig(config.steps_per_round, config.seed + number, loss, ema_decay=config.ema_decay)
     engine = PlainEngine(student, OptimizerConfig(weight_decay=0.0))
-    hooks = Hooks(run.log_metrics, save, auxiliary_loss=_auxiliary(course, lesson, number))
+    hooks = Hooks(run.log_metrics, save, auxiliary_loss=lesson_loss(config, teacher, lesson, number))
     resume = checkpoints.latest()
     if resume and resume[1].step == config.steps_per_round:  # killed between the last step and the round's end
         save(*resume)
@@ -236,9 +236,8 @@ def _loader(course: Course, number: int) -> Loader:
     return Loader(course.store, course.teacher.tokenizer, sampler.batch, sizes)
 
 
-def _auxiliary(course: Course, lesson: Lesson, number: int) -> Any:
+def lesson_loss(config: SelfTrainConfig, embedder: Embedder, lesson: Lesson, number: int) -> Any:
     """The patch loss of one batch of labelled pictures, weighted; a pure function of (model, step)."""
-    config, embedder = course.config, course.teacher
     vision, temperature = embedder.model.config.vision, lesson.rule.temperature
     sampler = GlobalSampler(len(lesson.pictures), config.batch_size, config.seed + 1000 + number)
     tokens = embedder.tokenizer.encode(lesson.prompts, embedder.model.config.text.context_length, pad_to_longest=True)

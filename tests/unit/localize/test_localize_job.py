@@ -16,12 +16,13 @@ from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
 from rsplatform.geo import Grid
 from rsplatform.ledger import read_drops
+from rsplatform.localize.pseudo_labels import PseudoLabelRule, patch_loss
 from rsplatform.localize.run import LocalizeConfig, Sought, localize, resampled
-from rsplatform.localize.self_train import SelfTrainConfig, chip_pictures, self_train
+from rsplatform.localize.self_train import Lesson, SelfTrainConfig, chip_pictures, lesson_loss, self_train
 from rsplatform.localize.smooth_attention import smooth_attention
-from rsplatform.localize.teacher import view_maps
+from rsplatform.localize.teacher import TeacherLabels, view_maps
 from rsplatform.model.embedder import Embedder
-from rsplatform.model.preprocess import decode_image, square
+from rsplatform.model.preprocess import Square, decode_image, square
 from rsplatform.records import CHIP_SCHEMA, SAMPLE_SCHEMA
 from rsplatform.sources.scenes import SceneSource, describe_scene
 
@@ -141,6 +142,28 @@ def test_the_teacher_knows_the_scale_of_each_chip(tmp_path: Path) -> None:
         )
         torch.testing.assert_close(map_PHW, expected[0], atol=1e-5, rtol=0)
     assert all((maps_BPHW[a] - maps_BPHW[b]).abs().max() > 1e-3 for a, b in ((0, 1), (0, 3), (1, 3)))
+
+
+def test_the_student_learns_at_the_scale_of_each_chip(tmp_path: Path) -> None:
+    """The loss of a lesson is that of the pictures' patch features, each at its own distance."""
+    tiny_service.make_scaled_model(str(tmp_path))
+    embedder = Embedder.load(tmp_path / tiny_service.MODEL / "model")
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    labels_BHW = torch.randint(0, 2, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    rule, prompts = PseudoLabelRule((0, 1), temperature=0.1), ["an aerial image of a field", "a stadium"]
+    config = plain_course().model_copy(update={"batch_size": 2, "patch_loss_weight": 1.0})
+
+    def loss(distances_m: list[float]) -> torch.Tensor:
+        lesson = Lesson(prompts, rule, [Square(pixels, metres) for metres in distances_m], TeacherLabels(labels_BHW, 1))
+        with torch.no_grad():
+            return lesson_loss(config, embedder, lesson, 1)(embedder.model.eval(), 0)[0]
+
+    images_BHWC = torch.from_numpy(np.stack([pixels, pixels]))
+    values_BHWD = embedder.patch_features(images_BHWC, [0.5, 6.0]).values_BHWD
+    texts_PE = torch.from_numpy(embedder.embed_texts(prompts))
+    expected = patch_loss(embedder.head(values_BHWD), texts_PE, labels_BHW, 0.1, rule.class_of_prompt)
+    torch.testing.assert_close(loss([0.5, 6.0]), expected, atol=1e-5, rtol=0)
+    assert (loss([6.0, 0.5]) - expected).abs() > 1e-4
 
 
 def plain_course() -> SelfTrainConfig:
