@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 
 from rsplatform.dataset.sampler import GlobalSampler
-from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import Mammut, mammut_config
+from rsplatform.model.recall import chance_recall, recall_at_k
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import Augmentation

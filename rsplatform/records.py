@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from rsplatform.geo import BoundsLonLat
-
 LANDMARK = pa.struct(
     [
         ("id", pa.string()),
@@ -83,15 +81,3 @@ class Landmark:
     kind: str
     name: str
     geometry: object
-
-
-@dataclass(frozen=True)
-class SceneWindow:
-    """A window of a scene in its own pixels, and where it lies."""
-
-    scene: str
-    row_px: float
-    column_px: float
-    height_px: float
-    width_px: float
-    bounds_lonlat: BoundsLonLat

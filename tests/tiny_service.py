@@ -61,6 +61,11 @@ def make_artifacts(root: str) -> None:
 def make_all(root: str) -> None:
     """The same, and the index, built without Ray."""
     make_artifacts(root)
+    make_index(root)
+
+
+def make_index(root: str) -> None:
+    """The index of the model and the chips, built without Ray."""
     config = build_config()
     artifact = Artifact(root, INDEX)
     pipeline, shards = index_pipeline(config, root, artifact)
@@ -82,6 +87,20 @@ def make_model(root: str, ref: str = MODEL, seed: int = 0) -> None:
     folder = Path(Artifact(root, ref).path("model"))
     folder.mkdir(parents=True)
     save_model(folder, model, tokenizer)
+    finish(root, ref)
+
+
+def make_scaled_model(root: str, ref: str = MODEL) -> None:
+    """The same at 32 px, so that chips are resized, and as if it had learned something about scale."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["a stadium beside a road", "harbour and water", "an aerial image of a field"], 300)
+    sizes = {f"{part}_{name}": 32 for part in ("vision", "text") for name in ("width", "mlp_width")}
+    sizes |= {"vision_num_layers": 1, "image_size": 32, "vocab_size": tokenizer.vocab_size}
+    model = Mammut(mammut_config("mini", **sizes, ground_sample_distance_encoding=True))
+    assert model.vision.scale_encoding is not None
+    with torch.no_grad():
+        model.vision.scale_encoding.weight_DF.normal_()
+    save_model(Path(Artifact(root, ref).path("model")), model, tokenizer)
     finish(root, ref)
 
 

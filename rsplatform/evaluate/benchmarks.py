@@ -6,6 +6,7 @@ Here they are part of the recipe; `pin` is the hash of all of them. Pictures are
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -91,9 +92,13 @@ Benchmark = Annotated[
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Encoded pictures and where they come from, texts, and which picture each text belongs to."""
+    """Encoded pictures and where they come from, texts, and which picture each text belongs to.
+
+    Distances are metres per pixel of the encoded pictures, NaN where unknown.
+    """
 
     images: list[bytes]
+    ground_sample_distances_m: list[float]
     sources: list[str]
     texts: list[str]
     image_of_text: list[int]
@@ -137,7 +142,8 @@ def load_retrieval(benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster
         order = spread(sorted(range(len(store)), key=lambda i: store.ids[i]), benchmark.max_images)
         names = [store.ids[i] for i in order]
         captions = [store.captions(i) for i in order]
-        images = [sample.image for sample in store.read(np.array(order))]
+        samples = store.read(np.array(order))
+        images, distances_m = zip(*((sample.image, sample.ground_sample_distance_m) for sample in samples), strict=True)
         sources = [f"{benchmark.dataset}, sample {name!r}" for name in names]
     else:
         folder = cluster.resolve(benchmark.images).rstrip("/")
@@ -149,9 +155,11 @@ def load_retrieval(benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster
         sources = [f"{folder}/{name}" for name in names]
         remedy = f"{captions_path} names it: fix `images` of {benchmark.name} or restore the file"
         images = [bytes_of(source, remedy) for source in sources]
+        distances_m = [math.nan] * len(images)
     texts = [text for group in captions for text in group]
     owners = [index for index, group in enumerate(captions) for _ in group]
-    return RetrievalSet(images, sources, texts, owners, pin([names, captions, [content(image) for image in images]]))
+    pinned = pin([names, captions, [content(image) for image in images]])
+    return RetrievalSet(list(images), list(distances_m), sources, texts, owners, pinned)
 
 
 def content(data: bytes) -> str:

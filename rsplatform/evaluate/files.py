@@ -7,7 +7,8 @@ benchmark never goes on without a picture, because its number would be of anothe
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import rasterio
 import rasterio.errors
 
 from rsplatform.config import ConfigError
-from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
+from rsplatform.model.preprocess import ImageError, Square, decode_image, square
 from rsplatform.sources.scenes import SceneError, SceneSource, describe_scene, open_pixels, read_window
 from rsplatform.storage import read_bytes
 
@@ -66,11 +67,17 @@ def label_rows(table: str) -> list[tuple[str, str]]:
     return [(row["file"], row["label"]) for row in rows]
 
 
-def squares(names: Iterable[str], images: Iterable[bytes], size: int) -> Iterator[np.ndarray]:
-    """Pictures as the model's uint8 squares, one at a time; ConfigError names the one that cannot be decoded."""
-    for name, image in zip(names, images, strict=True):
+def squares(
+    names: Sequence[str], images: Sequence[bytes], size: int, ground_sample_distances_m: Sequence[float] | None = None
+) -> Iterator[Square]:
+    """Pictures as the model sees them, one at a time; ConfigError names the one that cannot be decoded.
+
+    Distances are metres per pixel of the pictures as they come here, NaN (or no list) where unknown.
+    """
+    distances_m = [math.nan] * len(images) if ground_sample_distances_m is None else ground_sample_distances_m
+    for name, image, distance_m in zip(names, images, distances_m, strict=True):
         try:
-            yield resize_crop(decode_image(image), size)
+            yield square(decode_image(image), size, distance_m)
         except ImageError as error:
             raise ConfigError(f"{name}: {error}; {FIX_PICTURE}") from error
 

@@ -5,6 +5,7 @@ by the same code. Raw and smooth localization share head, upsampling and decisio
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from rsplatform.evaluate.benchmarks import (
     Classification,
     DatasetRetrieval,
     MaskedPicture,
+    RetrievalSet,
     Segmentation,
     content,
     load_classification,
@@ -32,11 +34,12 @@ from rsplatform.evaluate.benchmarks import (
 )
 from rsplatform.evaluate.classification import zero_shot_accuracy
 from rsplatform.evaluate.files import squares
-from rsplatform.evaluate.retrieval import chance_recall, recall_at_k
 from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
 from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.model.embedder import Embedder, driver_device
+from rsplatform.model.preprocess import Square
+from rsplatform.model.recall import chance_recall, recall_at_k
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.storage import local_folder, write_json
 
@@ -86,9 +89,7 @@ def _retrieval(
     benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster: Cluster, embedder: Embedder, stage: Stage
 ) -> dict[str, Any]:
     data = load_retrieval(benchmark, cluster)
-    pictures = squares(data.sources, data.images, embedder.image_size)
-    shown = track(pictures, f"{benchmark.name}: pictures", len(data.images), transient=True)
-    images_IE = _embedded(embedder.embed_images, shown, embedder.batch_size)
+    images_IE = retrieval_images(data, embedder, benchmark.name)
     texts = track(data.texts, f"{benchmark.name}: texts", transient=True)
     texts_TE = _embedded(embedder.embed_texts, texts, embedder.batch_size)
     recalls = recall_at_k(images_IE, texts_TE, data.image_of_text)
@@ -96,6 +97,18 @@ def _retrieval(
     stage.run.log_picture(figures.recall_plot(recalls, chance, benchmark.name), f"{benchmark.name}_recall.png")
     sizes = {"num_images": len(data.images), "num_texts": len(data.texts), "pin": data.pin}
     return recalls | {f"chance_{key}": value for key, value in chance.items()} | sizes
+
+
+def retrieval_images(data: RetrievalSet, embedder: Embedder, name: str) -> np.ndarray:
+    """Unit embeddings (I, E) of the pictures, each at its own scale where that is known; `name` shows the progress."""
+    pictures = squares(data.sources, data.images, embedder.image_size, data.ground_sample_distances_m)
+    shown = track(pictures, f"{name}: pictures", len(data.images), transient=True)
+    return _embedded(partial(_embed_squares, embedder), shown, embedder.batch_size)
+
+
+def _embed_squares(embedder: Embedder, pictures: Sequence[Square]) -> np.ndarray:
+    distances_m = [picture.ground_sample_distance_m for picture in pictures]
+    return embedder.embed_images([picture.pixels_HWC for picture in pictures], distances_m)
 
 
 def _embedded(embed: Callable[[Sequence], np.ndarray], items: Iterable, batch_size: int) -> np.ndarray:
@@ -108,7 +121,7 @@ def _embedded(embed: Callable[[Sequence], np.ndarray], items: Iterable, batch_si
 
 def _classification(benchmark: Classification, cluster: Cluster, embedder: Embedder, stage: Stage) -> dict[str, Any]:
     data = load_classification(benchmark, cluster)
-    pictures = squares(data.sources, data.images, embedder.image_size)
+    pictures = (picture.pixels_HWC for picture in squares(data.sources, data.images, embedder.image_size))
     shown = track(pictures, f"{benchmark.name}: pictures", len(data.images), transient=True)
     scores = zero_shot_accuracy(
         embedder.embed_images, embedder.embed_texts, shown, data.labels, data.class_names, benchmark.prompt

@@ -16,7 +16,7 @@ from rsplatform.dataset.store import open_table
 from rsplatform.index.filters import parse_time
 from rsplatform.index.store import index_schema
 from rsplatform.model.embedder import Embedder
-from rsplatform.model.preprocess import ImageError, decode_image, resize_crop, resized_ground_sample_distance_m
+from rsplatform.model.preprocess import ImageError, decode_image, square
 from rsplatform.storage import download_folder, is_s3
 
 MODEL_FOLDER = "model"
@@ -57,19 +57,19 @@ class ChipEmbedder:
 
     def __call__(self, chips: pa.Table) -> pa.Table:
         """The rows of `chips` with the columns of the index, in their order."""
-        squares, distances_m, good, drops = [], [], [], [(None, None)] * chips.num_rows
+        squares, good, drops = [], [], [(None, None)] * chips.num_rows
         size, known_m = self.embedder.image_size, chips["ground_sample_distance_m"].to_numpy()
         for index, (image, distance_m) in enumerate(zip(chips["image"].to_pylist(), known_m, strict=True)):
             try:
-                image_HWC = decode_image(image)
                 # resized at once: a shard of whole decoded pictures would be gigabytes
-                squares.append(resize_crop(image_HWC, size))
-                distances_m.append(resized_ground_sample_distance_m(image_HWC, size, distance_m))
+                squares.append(square(decode_image(image), size, distance_m))
                 good.append(index)
             except ImageError as error:
                 drops[index] = (error.reason, error.detail)
         vectors_IE = np.zeros((chips.num_rows, self.embedder.embedding_width), dtype=np.float32)
-        vectors_IE[good] = self.embedder.embed_images(squares, distances_m)
+        vectors_IE[good] = self.embedder.embed_images(
+            [seen.pixels_HWC for seen in squares], [seen.ground_sample_distance_m for seen in squares]
+        )
         reasons = [earlier or drop[0] for earlier, drop in zip(chips["drop_reason"].to_pylist(), drops, strict=True)]
         details = [earlier or drop[1] for earlier, drop in zip(chips["drop_detail"].to_pylist(), drops, strict=True)]
         columns = self._columns(chips, vectors_IE)

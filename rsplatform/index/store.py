@@ -82,7 +82,7 @@ class Hit:
     caption: str
     kinds: tuple[str, ...]
     datetime: datetime | None
-    ground_sample_distance_m: float
+    ground_sample_distance_m: float | None
     bounds_lonlat: tuple[float, float, float, float]
     window_px: tuple[float, float, float, float]  # row, column, height, width in the scene
 

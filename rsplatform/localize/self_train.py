@@ -30,7 +30,7 @@ from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
-from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
+from rsplatform.model.preprocess import ImageError, Square, decode_image, square
 from rsplatform.model.weights import save_model
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import keep_freed_memory
@@ -69,8 +69,8 @@ class SelfTrainConfig(StageConfig):
 class Pictures:
     """Unlabelled pictures at the model's size: those that are taught from, and those that measure agreement."""
 
-    train: list[np.ndarray]
-    held_out: list[np.ndarray]
+    train: list[Square]
+    held_out: list[Square]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Lesson:
 
     prompts: list[str]
     rule: PseudoLabelRule
-    pictures: list[np.ndarray]
+    pictures: list[Square]
     labels: TeacherLabels
 
 
@@ -105,7 +105,7 @@ def self_train(config: SelfTrainConfig, cluster: Cluster) -> Artifact:
     with open_stage(config, cluster) as stage:
         folder = storage.local_folder(open_artifact(cluster.root, config.model).path("model"))
         teacher = Embedder.load(folder, driver_device())
-        pictures = _pictures(config, cluster, teacher.image_size)
+        pictures = chip_pictures(config, cluster, teacher.image_size)
         course = Course(config, SampleStore(cluster.root, config.dataset, "train"), pictures, stage, teacher, 0.0)
         course.agreement = _held_out_agreement(course, teacher)
         stage.log({"held_out_agreement": course.agreement}, 0)
@@ -120,22 +120,28 @@ def self_train(config: SelfTrainConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def _pictures(config: SelfTrainConfig, cluster: Cluster, image_size: int) -> Pictures:
-    """Train-split chips, evenly thinned to `max_chips`; every tenth measures agreement."""
+def chip_pictures(config: SelfTrainConfig, cluster: Cluster, image_size: int) -> Pictures:
+    """Train-split chips at the model's size, evenly thinned to `max_chips`; every tenth measures agreement.
+
+    Raises:
+        ConfigError: fewer than 20 chips, or one whose picture cannot be read.
+    """
     table = open_table(cluster.root, config.chips)
     rows = np.flatnonzero(np.array(table.to_table(columns=["split"])["split"].to_pylist()) == "train")
     if len(rows) < 20:
         raise ConfigError(f"{config.chips} has {len(rows)} chips in split train; self-training needs at least 20")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), config.max_chips)).astype(int)]
-    chips = table.take(rows.tolist(), columns=["id", "image"]).to_pylist()
-    squares = [_square(config.chips, chip, image_size) for chip in chips]
+    chips = table.take(rows.tolist(), columns=["id", "image", "ground_sample_distance_m"])
+    distances_m = chips["ground_sample_distance_m"].to_numpy()  # NaN where unknown
+    pairs = zip(chips.to_pylist(), distances_m, strict=True)
+    squares = [_square(config.chips, chip, float(distance_m), image_size) for chip, distance_m in pairs]
     held_out = squares[::10]
-    return Pictures([square for index, square in enumerate(squares) if index % 10], held_out)
+    return Pictures([picture for index, picture in enumerate(squares) if index % 10], held_out)
 
 
-def _square(chips_ref: str, chip: dict[str, Any], image_size: int) -> np.ndarray:
+def _square(chips_ref: str, chip: dict[str, Any], distance_m: float, image_size: int) -> Square:
     try:
-        return resize_crop(decode_image(chip["image"]), image_size)
+        return square(decode_image(chip["image"]), image_size, distance_m)
     except ImageError as error:
         raise ConfigError(
             f"{chips_ref}: the picture of chip {chip['id']!r} is {error}; make the chips again under another version"
@@ -148,7 +154,7 @@ def _prompts(config: SelfTrainConfig) -> tuple[list[str], tuple[int, ...]]:
     return [*config.background_prompts, *(prompt for _, prompt in sought)], tuple(classes)
 
 
-def _lesson(course: Course, teacher: Embedder, pictures: list[np.ndarray]) -> Lesson:
+def _lesson(course: Course, teacher: Embedder, pictures: list[Square]) -> Lesson:
     prompts, classes = _prompts(course.config)
     rule = PseudoLabelRule(classes, temperature=1 / float(teacher.model.logit_scale().detach()))
     texts_PE = torch.from_numpy(teacher.embed_texts(prompts))
@@ -213,7 +219,7 @@ def _learn(course: Course, lesson: Lesson, run: tracking.Run, number: int) -> Em
     loss = LossConfig("sigmoid" if student.config.logit_bias else "softmax")
     loop = LoopConfig(config.steps_per_round, config.seed + number, loss, ema_decay=config.ema_decay)
     engine = PlainEngine(student, OptimizerConfig(weight_decay=0.0))
-    hooks = Hooks(run.log_metrics, save, auxiliary_loss=_auxiliary(course, lesson, number))
+    hooks = Hooks(run.log_metrics, save, auxiliary_loss=lesson_loss(config, teacher, lesson, number))
     resume = checkpoints.latest()
     if resume and resume[1].step == config.steps_per_round:  # killed between the last step and the round's end
         save(*resume)
@@ -230,9 +236,8 @@ def _loader(course: Course, number: int) -> Loader:
     return Loader(course.store, course.teacher.tokenizer, sampler.batch, sizes)
 
 
-def _auxiliary(course: Course, lesson: Lesson, number: int) -> Any:
+def lesson_loss(config: SelfTrainConfig, embedder: Embedder, lesson: Lesson, number: int) -> Any:
     """The patch loss of one batch of labelled pictures, weighted; a pure function of (model, step)."""
-    config, embedder = course.config, course.teacher
     vision, temperature = embedder.model.config.vision, lesson.rule.temperature
     sampler = GlobalSampler(len(lesson.pictures), config.batch_size, config.seed + 1000 + number)
     tokens = embedder.tokenizer.encode(lesson.prompts, embedder.model.config.text.context_length, pad_to_longest=True)
@@ -240,8 +245,11 @@ def _auxiliary(course: Course, lesson: Lesson, number: int) -> Any:
 
     def loss(model: Mammut, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rows = sampler.batch(step)
-        images_BHWC = torch.from_numpy(np.stack([lesson.pictures[row] for row in rows])).to(embedder.device)
-        values_BHWD = model.patch_features(normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)).values_BHWD
+        pictures = [lesson.pictures[row] for row in rows]
+        images_BHWC = torch.from_numpy(np.stack([picture.pixels_HWC for picture in pictures])).to(embedder.device)
+        distances_m = [picture.ground_sample_distance_m for picture in pictures]
+        images_BCHW = normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)
+        values_BHWD = model.patch_features(images_BCHW, images_BCHW.new_tensor(distances_m)).values_BHWD
         texts_PE = model.encode_text(tokens_PT)
         labels_BHW = lesson.labels.labels_BHW[rows].to(embedder.device)
         value = patch_loss(model.head(values_BHWD), texts_PE, labels_BHW, temperature, lesson.rule.class_of_prompt)

@@ -5,7 +5,7 @@ through which a mask could enter.
 Shapes: B pictures, H W pixels or patches, P prompts, E embedding, V views.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from rich.progress import track
 from rsplatform.localize.pseudo_labels import IGNORED, PseudoLabelRule, pseudo_labels
 from rsplatform.localize.smooth_attention import smooth_attention
 from rsplatform.model.embedder import Embedder
+from rsplatform.model.preprocess import Square
 
 # Axes flipped in each view: the identity, both mirrors and the half turn, which keep the patch grid (our default).
 VIEWS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
@@ -34,14 +35,16 @@ class TeacherLabels:
         return float((self.labels_BHW != IGNORED).float().mean())
 
 
-def view_maps(embedder: Embedder, images_BHWC: torch.Tensor, texts_PE: torch.Tensor, window: int) -> torch.Tensor:
-    """Smooth maps (V, B, P, H, W) of uint8 pictures, each view's map turned back into the picture's own frame.
+def view_maps(embedder: Embedder, pictures: Sequence[Square], texts_PE: torch.Tensor, window: int) -> torch.Tensor:
+    """Smooth maps (V, B, P, H, W) of pictures, each view's map turned back into the picture's own frame.
 
-    On the model's device, wherever pictures and texts are.
+    On the model's device, wherever the texts are. The model is told the scale of each picture.
     """
+    images_BHWC = torch.from_numpy(np.stack([picture.pixels_HWC for picture in pictures]))
+    distances_m = [picture.ground_sample_distance_m for picture in pictures]
     texts_PE, views = texts_PE.to(embedder.device), []
     for axes in VIEWS:
-        features = embedder.patch_features(images_BHWC.flip(axes) if axes else images_BHWC)
+        features = embedder.patch_features(images_BHWC.flip(axes) if axes else images_BHWC, distances_m)
         maps_BPHW = smooth_attention(
             features.values_BHWD, texts_PE, head=embedder.head, scores_BHW=features.scores_BKHW, window=window
         )
@@ -50,23 +53,18 @@ def view_maps(embedder: Embedder, images_BHWC: torch.Tensor, texts_PE: torch.Ten
 
 
 def teach(
-    embedder: Embedder, pictures: list[np.ndarray], texts_PE: torch.Tensor, rule: PseudoLabelRule, window: int
+    embedder: Embedder, pictures: Sequence[Square], texts_PE: torch.Tensor, rule: PseudoLabelRule, window: int
 ) -> TeacherLabels:
     """Pseudo-labels of all pictures together, so that "top 20 %" and class balance mean the whole set.
 
     A patch whose best prompt changes between views is ignored: a map that depends on the camera's turn is noise.
     """
     means, agreements = [], []
-    for images_BHWC in track(_batches(pictures), "pseudo-labels", -(-len(pictures) // BATCH), transient=True):
-        maps_VBPHW = view_maps(embedder, images_BHWC, texts_PE, window)
+    for start in track(range(0, len(pictures), BATCH), "pseudo-labels", transient=True):
+        maps_VBPHW = view_maps(embedder, pictures[start : start + BATCH], texts_PE, window)
         best_VBHW = maps_VBPHW.argmax(dim=2)
         means.append(maps_VBPHW.mean(dim=0).cpu())
         agreements.append((best_VBHW == best_VBHW[0]).all(dim=0).cpu())
     agrees_BHW = torch.cat(agreements)
     labels_BHW = pseudo_labels(torch.cat(means).masked_fill(~agrees_BHW.unsqueeze(1), torch.nan), rule)
     return TeacherLabels(labels_BHW, float(agrees_BHW.float().mean()))
-
-
-def _batches(pictures: list[np.ndarray]) -> Iterator[torch.Tensor]:
-    for start in range(0, len(pictures), BATCH):
-        yield torch.from_numpy(np.stack(pictures[start : start + BATCH]))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
-from rsplatform.model.preprocess import decode_image, resize_crop, resized_ground_sample_distance_m
+from rsplatform.model.preprocess import Square, decode_image, square
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.vision_encoder import PatchFeatures
 from rsplatform.model.weights import load_model
@@ -87,8 +87,8 @@ class Embedder:
         rows = [np.empty((0, self.embedding_width), dtype=np.float32)]
         for start in range(0, len(pairs), self.batch_size):
             squares = [self._square(image, distance_m) for image, distance_m in pairs[start : start + self.batch_size]]
-            images_BHWC = torch.from_numpy(np.stack([square_HWC for square_HWC, _ in squares]))
-            distance_m_B = torch.tensor([distance_m for _, distance_m in squares], device=self.device)
+            images_BHWC = torch.from_numpy(np.stack([seen.pixels_HWC for seen in squares]))
+            distance_m_B = torch.tensor([seen.ground_sample_distance_m for seen in squares], device=self.device)
             with _inference(self.model):
                 vectors_BE = self.model.encode_image(self._normalised(images_BHWC), distance_m_B)
                 rows.append(vectors_BE.float().cpu().numpy())
@@ -108,13 +108,16 @@ class Embedder:
                 rows.append(self.model.encode_text(tokens_BT).float().cpu().numpy())
         return np.concatenate(rows)
 
-    def patch_features(self, images_BHWC: Tensor, ground_sample_distance_m: float = math.nan) -> PatchFeatures:
+    def patch_features(
+        self, images_BHWC: Tensor, ground_sample_distance_m: float | Sequence[float] = math.nan
+    ) -> PatchFeatures:
         """Pooling values (B, H, W, D) and scores (B, K, H, W) or None, of uint8 pictures at their own size.
 
         Height and width are multiples of the patch, else ValueError; positions are interpolated to the grid. The
-        distance is that of these pixels, the same for all pictures; NaN where unknown.
+        distance is that of these pixels, one for all pictures or one for each; NaN where unknown.
         """
-        distance_m_B = torch.full((len(images_BHWC),), ground_sample_distance_m, device=self.device)
+        distance_m = torch.tensor(ground_sample_distance_m, dtype=torch.float32, device=self.device)
+        distance_m_B = distance_m.expand(len(images_BHWC))
         with _inference(self.model):
             return self.model.patch_features(self._normalised(images_BHWC), distance_m_B)
 
@@ -123,10 +126,9 @@ class Embedder:
         with _inference(self.model):
             return self.model.head(values_D)
 
-    def _square(self, image: bytes | np.ndarray, distance_m: float) -> tuple[np.ndarray, float]:
+    def _square(self, image: bytes | np.ndarray, distance_m: float) -> Square:
         pixels_HWC = image if isinstance(image, np.ndarray) else decode_image(image)
-        square_HWC = resize_crop(pixels_HWC, self.image_size)
-        return square_HWC, resized_ground_sample_distance_m(pixels_HWC, self.image_size, distance_m)
+        return square(pixels_HWC, self.image_size, distance_m)
 
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
         vision = self.model.config.vision

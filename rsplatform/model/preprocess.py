@@ -6,6 +6,8 @@ model's floats. Shapes: H W pixels, C channels (red, green, blue).
 """
 
 import io
+import math
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -27,6 +29,13 @@ class ImageError(ValueError):
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
         """Pickled with both parts: it crosses from Ray's workers to the driver."""
         return type(self), (self.reason, self.detail)
+
+
+class Square(NamedTuple):
+    """A picture as the model sees it: uint8 (S, S, 3), and the metres that a pixel of it covers, NaN if unknown."""
+
+    pixels_HWC: np.ndarray
+    ground_sample_distance_m: float
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, max_bytes: int = MAX_IMAGE_BYTES) -> np.ndarray:
@@ -87,6 +96,12 @@ def resize_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
         (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
     )
     return np.array(square)
+
+
+def square(image_HWC: np.ndarray, size: int, ground_sample_distance_m: float = math.nan) -> Square:
+    """`resize_crop` of a picture whose pixels cover so many metres, with the metres of the new pixels."""
+    distance_m = resized_ground_sample_distance_m(image_HWC, size, ground_sample_distance_m)
+    return Square(resize_crop(image_HWC, size), distance_m)
 
 
 def resized_ground_sample_distance_m(image_HWC: np.ndarray, size: int, ground_sample_distance_m: float) -> float:

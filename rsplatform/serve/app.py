@@ -75,13 +75,15 @@ class PictureWork:
         self.work = LocalVisionWork(embedder, served.window)
         self.embedder = self.work.embedder
 
-    async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+    async def maps(
+        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
+    ) -> list[np.ndarray]:
         """See VisionWork."""
-        return await self.work.maps(images, queries_CE)
+        return await self.work.maps(images, queries_CE, ground_sample_distances_m)
 
-    async def caption(self, image: bytes) -> str:
+    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
         """See VisionWork."""
-        return await self.work.caption(image)
+        return await self.work.caption(image, ground_sample_distance_m)
 
     async def check_health(self) -> None:
         """Encode one picture; Serve replaces a replica for which this raises or hangs."""
@@ -95,13 +97,15 @@ class RemotePictureWork:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+    async def maps(
+        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
+    ) -> list[np.ndarray]:
         """See VisionWork."""
-        return await self._handle.maps.remote(list(images), queries_CE)
+        return await self._handle.maps.remote(list(images), queries_CE, list(ground_sample_distances_m))
 
-    async def caption(self, image: bytes) -> str:
+    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
         """See VisionWork."""
-        return await self._handle.caption.remote(image)
+        return await self._handle.caption.remote(image, ground_sample_distance_m)
 
 
 class Gateway:

@@ -1,11 +1,13 @@
 """Where in a picture a query is: smooth attention over its patches, the spot of the peak, and a heatmap picture.
 
-In: pictures (bytes), unit query vectors. Out: score maps on the patch grid, spots as fractions of the picture, PNG
-overlays, regions as GeoJSON. It reads no table and knows no scene; the caller gives the way from fractions to Earth.
+In: pictures (bytes) and their scale, unit query vectors. Out: score maps on the patch grid, spots as fractions of the
+picture, PNG overlays, regions as GeoJSON. It reads no table and knows no scene; the caller gives the way from
+fractions to Earth.
 Shapes: B pictures, C queries, H W patch grid, E embedding.
 """
 
 import io
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from rasterio.features import shapes
 from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.smooth_attention import smooth_attention, upsample
 from rsplatform.model.embedder import Embedder
-from rsplatform.model.preprocess import decode_image, resize_crop
+from rsplatform.model.preprocess import Square, decode_image, resized_ground_sample_distance_m, square
 from rsplatform.serve.api import MAX_IMAGE_PIXELS
 
 HEATMAP_SIZE_PX = 256
@@ -47,31 +49,47 @@ class Localization:
         self.embedder = embedder
         self.window = window
 
-    def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+    def maps(
+        self,
+        images: Sequence[bytes],
+        queries_CE: np.ndarray,
+        ground_sample_distances_m: Sequence[float] | None = None,
+    ) -> list[np.ndarray]:
         """Cosine of each patch's surroundings with each query, one float32 (C, H, W) per picture.
 
         Square pictures (chips) go through the model together, at the size it was trained at; others are tiled at
-        that scale, so that no part of them is cropped away.
+        that scale, so that no part of them is cropped away. Distances are metres per pixel of the pictures as they
+        come here, NaN (or no list) where unknown.
 
         Raises:
             ImageError: bytes that are no acceptable picture.
+            ValueError: another number of distances than of pictures.
         """
-        pictures = [decode_image(image, max_pixels=MAX_IMAGE_PIXELS) for image in images]
-        squares = [index for index, picture in enumerate(pictures) if picture.shape[0] == picture.shape[1]]
+        distances_m = [math.nan] * len(images) if ground_sample_distances_m is None else ground_sample_distances_m
         texts_CE = torch.from_numpy(np.ascontiguousarray(queries_CE)).to(self.embedder.device)
-        maps = dict(zip(squares, self._square_maps([pictures[i] for i in squares], texts_CE), strict=True))
-        for index, picture in enumerate(pictures):
-            if index not in maps:
-                scale = Scale(self.embedder.image_size / min(picture.shape[:2]))
-                maps_CHW = picture_maps(self.embedder, picture, texts_CE, scale=scale, window=self.window)
-                maps[index] = maps_CHW.float().cpu().numpy()
-        return [maps[index] for index in range(len(pictures))]
+        maps, squares, size = dict[int, np.ndarray](), dict[int, Square](), self.embedder.image_size
+        for index, (image, distance_m) in enumerate(zip(images, distances_m, strict=True)):
+            picture_HWC = decode_image(image, max_pixels=MAX_IMAGE_PIXELS)
+            if picture_HWC.shape[0] == picture_HWC.shape[1]:
+                squares[index] = square(picture_HWC, size, distance_m)
+            else:
+                maps[index] = self._tiled_maps(picture_HWC, distance_m, texts_CE)
+        maps |= dict(zip(squares, self._square_maps(list(squares.values()), texts_CE), strict=True))
+        return [maps[index] for index in range(len(images))]
 
-    def _square_maps(self, pictures: list[np.ndarray], texts_CE: torch.Tensor) -> list[np.ndarray]:
-        if not pictures:
+    def _tiled_maps(self, picture_HWC: np.ndarray, distance_m: float, texts_CE: torch.Tensor) -> np.ndarray:
+        size = self.embedder.image_size
+        distance_m = resized_ground_sample_distance_m(picture_HWC, size, distance_m)
+        scale = Scale(size / min(picture_HWC.shape[:2]), distance_m)
+        maps_CHW = picture_maps(self.embedder, picture_HWC, texts_CE, scale=scale, window=self.window)
+        return maps_CHW.float().cpu().numpy()
+
+    def _square_maps(self, squares: list[Square], texts_CE: torch.Tensor) -> list[np.ndarray]:
+        if not squares:
             return []
-        squares = [resize_crop(picture, self.embedder.image_size) for picture in pictures]
-        features = self.embedder.patch_features(torch.from_numpy(np.stack(squares)))
+        images_BHWC = torch.from_numpy(np.stack([picture.pixels_HWC for picture in squares]))
+        distances_m = [picture.ground_sample_distance_m for picture in squares]
+        features = self.embedder.patch_features(images_BHWC, distances_m)
         with torch.no_grad():
             maps_BCHW = smooth_attention(
                 features.values_BHWD,

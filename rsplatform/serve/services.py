@@ -5,6 +5,7 @@ server) and spread over replicas (app.py). Errors a caller can mend leave as `Re
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,13 +46,15 @@ class RequestError(Exception):
 
 
 class VisionWork(Protocol):
-    """The heavy work on pictures, here or in another replica."""
+    """The heavy work on pictures, here or in another replica. Distances are metres a pixel, NaN where unknown."""
 
-    async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+    async def maps(
+        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
+    ) -> list[np.ndarray]:
         """Maps (C, H, W) of each picture for each query vector."""
         ...
 
-    async def caption(self, image: bytes) -> str:
+    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
         """The model's own words for a picture."""
         ...
 
@@ -63,13 +66,15 @@ class LocalVisionWork:
         self.embedder = embedder
         self._localization = Localization(embedder, window)
 
-    async def maps(self, images: Sequence[bytes], queries_CE: np.ndarray) -> list[np.ndarray]:
+    async def maps(
+        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
+    ) -> list[np.ndarray]:
         """See VisionWork."""
-        return await asyncio.to_thread(self._localization.maps, images, queries_CE)
+        return await asyncio.to_thread(self._localization.maps, images, queries_CE, ground_sample_distances_m)
 
-    async def caption(self, image: bytes) -> str:
+    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
         """See VisionWork."""
-        return await asyncio.to_thread(greedy_caption, self.embedder, image)
+        return await asyncio.to_thread(greedy_caption, self.embedder, image, ground_sample_distance_m)
 
 
 EncodeText = Callable[[str], Awaitable[np.ndarray]]
@@ -91,7 +96,7 @@ class Services:
         results = [self.retrieval.result(hit, request) for hit in hits]
         if request.localize and hits:
             images = await asyncio.to_thread(self.retrieval.chip_images, hits)
-            maps = await self.vision.maps(images, vector_E[None])
+            maps = await self.vision.maps(images, vector_E[None], [_distance_m(hit) for hit in hits])
             spots = [self.retrieval.spot(find_peak(m[0]), hit) for m, hit in zip(maps, hits, strict=True)]
             results = [r.model_copy(update={"spot": s}) for r, s in zip(results, spots, strict=True)]
         return SearchResponse(results=results, model_hash=self.model_hash)
@@ -101,7 +106,8 @@ class Services:
         if request.output == "geojson" and request.chip_id is None:
             raise RequestError(422, "an uploaded picture has no place on Earth: use a chip_id, or output scores")
         hit, image = await self._picture(request.image, request.chip_id)
-        maps_CHW = (await self.vision.maps([image], await self._encode(request.texts)))[0]
+        texts_CE = await self._encode(request.texts)
+        maps_CHW = (await self.vision.maps([image], texts_CE, [_distance_m(hit)]))[0]
         if hit and request.output == "geojson":
             place = self.retrieval.catalogue.place
             collection = regions_geojson(maps_CHW, request.texts, lambda row, column: place(hit, row, column))
@@ -122,8 +128,8 @@ class Services:
         if (text is None) == (like is None):
             raise RequestError(422, "give exactly one of text and like")
         vector_E = await self._query_vector(text, None, like)
-        _, image = await self._picture(None, chip_id)
-        return (await self.vision.maps([image], vector_E[None]))[0][0]
+        hit, image = await self._picture(None, chip_id)
+        return (await self.vision.maps([image], vector_E[None], [_distance_m(hit)]))[0][0]
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         """Unit vectors of texts and pictures."""
@@ -135,8 +141,9 @@ class Services:
 
     async def caption(self, request: CaptionRequest) -> CaptionResponse:
         """The generative pass of the model over a picture or chip."""
-        _, image = await self._picture(request.image, request.chip_id)
-        return CaptionResponse(caption=await self.vision.caption(image), model_hash=self.model_hash)
+        hit, image = await self._picture(request.image, request.chip_id)
+        caption = await self.vision.caption(image, _distance_m(hit))
+        return CaptionResponse(caption=caption, model_hash=self.model_hash)
 
     async def predict(self, request: PredictRequest) -> PredictResponse:
         """The closed product's form."""
@@ -222,6 +229,11 @@ def local_services(retrieval: Retrieval, window: int = 3) -> Services:
         return (await asyncio.to_thread(retrieval.embedder.embed_texts, [text]))[0]
 
     return Services(retrieval, Tiles(retrieval.catalogue), encode_text, LocalVisionWork(retrieval.embedder, window))
+
+
+def _distance_m(hit: Hit | None) -> float:
+    """Metres a pixel of a chip as its index knows them; NaN for an upload and where the index knows none."""
+    return math.nan if hit is None or hit.ground_sample_distance_m is None else hit.ground_sample_distance_m
 
 
 def _checked_picture(image: str) -> bytes:

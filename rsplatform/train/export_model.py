@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rsplatform import storage
-from rsplatform.artifacts import Artifact, open_artifact
+from rsplatform.artifacts import Artifact, open_artifact, verify
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, InputArtifact, StageConfig
 from rsplatform.model.embedder import Embedder
@@ -41,14 +41,16 @@ def export_model(config: ExportModelConfig, cluster: Cluster) -> Artifact:
     """Write a model as a folder for others: weights, config, tokenizer and model card.
 
     Raises:
+        ArtifactError: a file of the model differs from its manifest: what is damaged must not be given to others.
         ConfigError: an evaluation of another model.
         WeightsError: `openmammut` of a model that its layout cannot hold.
     """
     done = finished(config, cluster)
     if done:
         return done
+    source = open_artifact(cluster.root, config.model)
+    verify(source)
     with open_stage(config, cluster) as stage:
-        source = open_artifact(cluster.root, config.model)
         embedder = Embedder.load(storage.local_folder(source.path("model")))
         for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
             storage.write_bytes(stage.artifact.path(f"model/{name}"), storage.read_bytes(source.path(f"model/{name}")))

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from rsplatform.model.preprocess import ImageError, decode_image, resize_crop, resized_ground_sample_distance_m
+from rsplatform.model.preprocess import ImageError, Square, decode_image, square
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.train.augment import Augmentation, augment, pad_tokens, sample_rng
 from rsplatform.train.batch import Batch
@@ -83,13 +83,6 @@ class Share:
 
     rank: int = 0
     world_size: int = 1
-
-
-class Square(NamedTuple):
-    """A decoded picture, cut square and resized, and the metres that a pixel of it covers now."""
-
-    pixels_HWC: np.ndarray
-    ground_sample_distance_m: float
 
 
 class View(NamedTuple):
@@ -168,9 +161,9 @@ class Loader:
         rng = sample_rng(self.config.seed, step, position)
         captions = self.source.captions(index)
         caption = captions[int(rng.integers(len(captions)))]
-        square, config = squares[index], self.config
-        pixels_HWC, covered = augment(square.pixels_HWC, config.size_at(step), config.augmentation, caption, rng)
-        return View(caption, pixels_HWC, square.ground_sample_distance_m * covered)
+        source, config = squares[index], self.config
+        pixels_HWC, covered = augment(source.pixels_HWC, config.size_at(step), config.augmentation, caption, rng)
+        return View(caption, pixels_HWC, source.ground_sample_distance_m * covered)
 
     def _squares(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, Square]:
         """The decoded squares of all `indices`, from the cache or freshly read; the cache never changes pixels."""
@@ -189,5 +182,4 @@ class Loader:
             image_HWC = decode_image(sample.image)
         except ImageError as error:
             raise ImageError(error.reason, f"sample {sample.id}: {error.detail}") from error
-        size, distance_m = self._source_size, sample.ground_sample_distance_m
-        return Square(resize_crop(image_HWC, size), resized_ground_sample_distance_m(image_HWC, size, distance_m))
+        return square(image_HWC, self._source_size, sample.ground_sample_distance_m)

@@ -159,7 +159,7 @@ def test_damaged_pictures_are_named_when_they_are_decoded(cluster: Cluster, tmp_
     (tmp_path / "labels.csv").write_text("file,label\na.png,port\nb.jpg,field\n")
     data = load_classification(classification(), cluster)
     pictures = squares(data.sources, data.images, 16)
-    assert next(pictures).shape == (16, 16, 3)
+    assert next(pictures).pixels_HWC.shape == (16, 16, 3)
     with pytest.raises(ConfigError, match=r"/b\.jpg: unreadable: .*replace it by the original"):
         next(pictures)
     with pytest.raises(ConfigError, match=r"/b\.jpg: unreadable: .*replace it by the original"):

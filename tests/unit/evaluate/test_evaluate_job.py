@@ -1,10 +1,13 @@
 """The evaluate job on a small random model: report, pins, and the pictures that MLflow gets."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
+import lance
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny_service
 from PIL import Image
@@ -12,7 +15,10 @@ from PIL import Image
 from rsplatform import storage
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, validate
-from rsplatform.evaluate.run import EvaluateConfig, evaluate
+from rsplatform.evaluate.benchmarks import CaptionFolderRetrieval, DatasetRetrieval, load_retrieval
+from rsplatform.evaluate.run import EvaluateConfig, evaluate, retrieval_images
+from rsplatform.index.embed import load_embedder
+from rsplatform.records import SAMPLE_SCHEMA
 
 CLASSES = [
     {"name": "land", "values": [0], "prompts": ["a field"]},
@@ -88,3 +94,31 @@ def test_a_damaged_picture_stops_the_job_with_its_name(cluster: Cluster, tmp_pat
     for number, benchmark in enumerate(BENCHMARKS):
         with pytest.raises(ConfigError, match=r"images/1\.jpg: unreadable: "):
             evaluate(config(output=f"evaluation/b/v{number}", benchmarks=[benchmark]), damaged)
+
+
+def test_retrieval_tells_the_model_the_scale_of_each_picture(cluster: Cluster, tmp_path: Path) -> None:
+    """Vectors are those of `embed_images` at each sample's distance; files beside captions have none."""
+    scaled = Cluster(root=str(tmp_path), data_root=cluster.data_root)
+    tiny_service.make_scaled_model(scaled.root)
+    tiny_service.make_chips(scaled.root)
+    distances_m = [5.0, 0.5, math.nan]
+    rows = [
+        {"id": f"sample-{9 - n}", "table": tiny_service.CHIPS, "row": n, "captions": ["a field"], "split": "val"}
+        | {"weight": 1.0, "ground_sample_distance_m": metres}
+        for n, metres in enumerate(distances_m)
+    ]
+    table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+    lance.write_dataset(table, str(tmp_path / "dataset/a/v1/samples.lance"))
+    tiny_service.finish(scaled.root, "dataset/a/v1")
+    embedder = load_embedder(scaled.root, tiny_service.MODEL)
+    data = load_retrieval(DatasetRetrieval(name="own", dataset="dataset/a/v1"), scaled)
+    np.testing.assert_array_equal(data.ground_sample_distances_m, distances_m[::-1])  # in order of the ids
+    found_IE = retrieval_images(data, embedder, "own")
+    np.testing.assert_allclose(found_IE, embedder.embed_images(data.images, distances_m[::-1]), atol=1e-6)
+    blind_IE = embedder.embed_images(data.images)
+    assert (np.abs(found_IE - blind_IE).max(axis=1) > 0.01).tolist() == [False, True, True]
+    folder = CaptionFolderRetrieval(name="pairs", captions="captions.json", images="images")
+    others = load_retrieval(folder, scaled)
+    np.testing.assert_allclose(
+        retrieval_images(others, embedder, "pairs"), embedder.embed_images(others.images), atol=1e-6
+    )

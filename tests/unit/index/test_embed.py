@@ -5,34 +5,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import tiny_service
-import torch
 from tiny_service import CHIPS, MODEL
 
-from rsplatform.artifacts import Artifact
 from rsplatform.curate.pipeline import DROP_FIELDS
 from rsplatform.dataset.store import open_table
 from rsplatform.index.embed import CHIP_COLUMNS, ChipEmbedder
-from rsplatform.model.mammut import Mammut, mammut_config
-from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.model.weights import save_model
-
-
-def make_model(root: str) -> None:
-    """A narrow model at 32 px (chips are resized) that has learned something about scale."""
-    torch.manual_seed(0)
-    narrow = {f"{part}_{name}": 32 for part in ("vision", "text") for name in ("width", "mlp_width")}
-    settings = {"vision_num_layers": 1, "image_size": 32, "vocab_size": 300, "ground_sample_distance_encoding": True}
-    model = Mammut(mammut_config("mini", **narrow, **settings))
-    assert model.vision.scale_encoding is not None
-    with torch.no_grad():
-        model.vision.scale_encoding.weight_DF.normal_()
-    save_model(Path(Artifact(root, MODEL).path("model")), model, Tokenizer.train(["a field"], 280))
-    tiny_service.finish(root, MODEL)
 
 
 def test_vectors_are_those_of_the_chips_at_their_own_scale(tmp_path: Path) -> None:
     root = str(tmp_path)
-    make_model(root)
+    tiny_service.make_scaled_model(root)
     tiny_service.make_chips(root)
     chips = open_table(root, CHIPS).to_table(columns=CHIP_COLUMNS, limit=3)
     place = chips.schema.get_field_index("ground_sample_distance_m")

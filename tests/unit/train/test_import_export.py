@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rsplatform import artifacts, storage
-from rsplatform.artifacts import Artifact
+from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.config import ConfigError
 from rsplatform.model.embedder import Embedder
@@ -157,6 +157,21 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     )
     with pytest.raises(ConfigError, match="evaluation/other/v1 measured model/carded/v1, which is another model"):
         export_model(others, cluster)
+
+
+def test_a_damaged_model_is_not_given_to_others(cluster: Cluster) -> None:
+    """One flipped bit of a weight loads without complaint; only the manifest knows."""
+    trained = pretrain(PretrainConfig(**tiny_recipe(output="model/damaged/v1")), cluster)
+    config = ExportModelConfig(output="export/damaged/v1", model=trained.ref)
+    weights = Path(trained.uri) / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    Embedder.load(weights.parent)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors differs from its manifest; delete .*model/damaged/v1"):
+        export_model(config, cluster)
+    assert not Path(cluster.root, config.output).exists(), "refused before anything was written"
+    weights.write_bytes(whole)
+    assert export_model(config, cluster).is_finished
 
 
 def write_report(root: str, ref: str, report: dict) -> None:
