@@ -2,7 +2,7 @@
 
 In: what one GPU does (--samples-per-s, measured by gpu_step.py), the links, the price. What is not given is assumed and
 printed as such. Out: a table per number of GPUs (`room`: samples that the memory holds) and a sentence per engine.
-Nothing is run: the bytes are those of rsplatform/train/traffic.py, which a test holds to real steps of two processes;
+Nothing is run: the bytes are those of rsplatform/train/traffic.py, which a test holds to real steps (plain, FSDP2);
 the seconds are its model of a network.
 Left out: stragglers, restarts, reading data, and that a smaller batch per GPU computes less efficiently.
 Run: `python benchmarks/scaling.py --samples-per-s 480 --price-per-gpu-hour 3.5`

@@ -2,7 +2,8 @@
 
 In: a model's config, the engine and the number of devices. Out: the collective calls of one step, the bytes that each
 device sends for them, their seconds on a given network, and the memory of the state. tests/processes/test_sent_bytes.py
-holds the calls and bytes to those of real steps. Left out: a few scalars a step, and the slices that pad a shard.
+holds those of PlainEngine and FsdpEngine to real steps; ZeRO's were counted once, on two processes. Left out: a few
+scalars a step, and the slices that pad a shard.
 Shapes: B own batch, G global batch, E embedding.
 """
 

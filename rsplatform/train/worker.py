@@ -102,7 +102,7 @@ def run_worker(job: WorkerJob) -> Progress:
         resume = job.checkpoints.latest()
         loop = job.config.loop_config(job.placement)
         from_step = resume[1].step if resume else 0
-        if share.rank == 0 and job.run is not None:
+        if share.rank == 0 and share.world_size > 1 and job.run is not None:
             sent_gb = sent_gb_per_step(job, engine.model.config, share.world_size)
             job.run.log_metrics({"train/sent_gb_per_step": sent_gb}, from_step)
         with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:

@@ -88,7 +88,7 @@ def test_the_traffic_of_real_steps_is_that_of_the_model(tmp_path: Path) -> None:
         layout = Layout(kind, WORLD_SIZE)
         transfers = weight_transfers(layout, numbers, num_pieces)
         transfers += contrastive_transfers(WORLD_SIZE, batch_size, numbers.embedding_width)
-        wanted = Counter({transfer.kind: 0.0 for transfer in transfers})
+        wanted: dict[str, float] = dict.fromkeys((transfer.kind for transfer in transfers), 0.0)
         for transfer in transfers:
             wanted[transfer.kind] += transfer.whole_bytes
         counted = {name: float(found[f"{kind}|{size}|{name}"]) for name in wanted}
