@@ -6,12 +6,13 @@ Started again after a crash it goes on from the newest checkpoint. Exporting the
 
 import contextlib
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from rsplatform import storage
 from rsplatform.cluster import TrainPlacement
 from rsplatform.dataset.store import SampleStore
-from rsplatform.model.mammut import Mammut
+from rsplatform.model.mammut import Mammut, MammutConfig
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.tracking import Run
@@ -33,6 +34,14 @@ from rsplatform.train.loader import Loader, LoaderConfig, Share
 from rsplatform.train.pretrain import Hooks, Progress, TrainingDivergedError, fit
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
 from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.traffic import (
+    Layout,
+    TrafficEngine,
+    contrastive_transfers,
+    model_numbers,
+    sent_bytes,
+    weight_transfers,
+)
 from rsplatform.train.validate import validation_losses
 
 # Enough held-out samples for a steady loss, few enough to cost a small part of the training.
@@ -94,7 +103,11 @@ def run_worker(job: WorkerJob) -> Progress:
         loader = Loader(store, tokenizer, plan, config, share)
         resume = job.checkpoints.latest()
         loop = job.config.loop_config(job.placement)
-        with Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0) as recorder:
+        from_step = resume[1].step if resume else 0
+        if share.rank == 0 and share.world_size > 1 and job.run is not None:
+            sent_gb = sent_gb_per_step(job, engine.model.config, share.world_size)
+            job.run.log_metrics({"train/sent_gb_per_step": sent_gb}, from_step)
+        with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:
             validate = _validation(job, engine, tokenizer, config)
             hooks = Hooks(recorder.report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
             return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
@@ -108,6 +121,17 @@ def initial_model(config: PretrainConfig, root: str) -> Mammut:
     assert config.model is not None, "the recipe's validator demands one of model and start_from"
     torch.manual_seed(config.seed)
     return Mammut(config.model.mammut_config())
+
+
+def sent_gb_per_step(job: WorkerJob, model: MammutConfig, world_size: int) -> float:
+    """What each worker sends over the network in a step, in 10^9 bytes, by the traffic model."""
+    placement, batch_size = job.placement, job.config.batch_size // world_size
+    engine = f"zero{placement.zero_stage}" if placement.engine == "deepspeed" else placement.engine
+    assert engine in get_args(TrafficEngine)
+    num_pieces = math.ceil(batch_size / (job.config.micro_batch_size or batch_size))
+    layout = Layout(cast(TrafficEngine, engine), world_size, placement.shard_size)
+    transfers = weight_transfers(layout, model_numbers(model), num_pieces)
+    return sent_bytes([*transfers, *contrastive_transfers(world_size, batch_size, model.embedding_width)]) / 1e9
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
