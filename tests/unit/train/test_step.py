@@ -45,13 +45,13 @@ def obvious_loss(engine: PlainEngine, config: StepConfig, size: int) -> torch.Te
     batch = make_batch()
     pieces = [batch.rows(start, start + size) for start in range(0, NUM_SAMPLES, size)]
     outputs = [forward_micro_batch(engine, piece, 4, index, config) for index, piece in enumerate(pieces)]
-    z_losses = [output.caption_z_loss_sum for output in outputs]
+    z_losses = [output.caption_z_loss_sum for output in outputs if output.caption_z_loss_sum is not None]
     whole = outputs[0]._replace(
         image_embeddings_BE=torch.cat([output.image_embeddings_BE for output in outputs]),
         text_embeddings_BE=torch.cat([output.text_embeddings_BE for output in outputs]),
         caption_loss_sum=torch.stack([output.caption_loss_sum for output in outputs]).sum(),
         caption_token_count=torch.stack([output.caption_token_count for output in outputs]).sum(),
-        caption_z_loss_sum=None if None in z_losses else torch.stack(z_losses).sum(),
+        caption_z_loss_sum=torch.stack(z_losses).sum() if z_losses else None,
     )
     return mammut_loss(whole, batch.tokens_BT, config.loss)[0]
 
