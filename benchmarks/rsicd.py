@@ -3,7 +3,8 @@
 In: RSICD as its users download it (RSICD_images/ and dataset_rsicd.json). Out: one JSON a run, and a table: recall
 both ways with all captions of the val split, ties counted against, mean and spread over the seeds. The variants
 ask MaMMUT's question (arXiv 2303.16839): joint, contrastive only, captioning only, at equal steps. A run that was
-stopped goes on from its checkpoint; a finished one is not repeated. Needs torch, Pillow and simplejpeg; no Ray.
+stopped goes on from its checkpoint; a finished one is not repeated, and one of other settings is refused.
+Needs torch, Pillow and simplejpeg; no Ray.
 Run: `python benchmarks/rsicd.py …/rsicd --out results --seeds 0 1 2 --variants joint contrastive generative`
 """
 
@@ -34,6 +35,7 @@ from rsplatform.train.optimizer import OptimizerConfig, Schedule
 from rsplatform.train.pretrain import Hooks, LoopConfig, fit
 
 WEIGHTS = {"joint": (1.0, 1.0), "contrastive": (1.0, 0.0), "generative": (0.0, 1.0)}
+IMAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -87,50 +89,59 @@ class Split:
         return [caption for captions in self._captions for caption in captions]
 
 
-def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings: Settings, folder: Path) -> Embedder:
-    """One model from scratch, or on from its newest checkpoint below `folder`."""
-    torch.manual_seed(seed)
-    sizes = {
-        "image_size": 64,
-        "patch_size": 8,
-        "vocab_size": settings.vocab_size,
-        "patch_dropout": settings.patch_dropout,
-    }
-    model = Mammut(mammut_config(settings.size, vision_pooling=settings.pooling, **sizes))
-    num_steps = settings.samples // settings.batch_size
-    schedule = Schedule(settings.learning_rate, settings.warmup_steps)
-    sampler = GlobalSampler(len(split.ids), settings.batch_size, seed)
-    augmentation = Augmentation(symmetries=True, min_crop_area=settings.min_crop_area)
-    loader = Loader(
-        split,
-        tokenizer,
-        sampler.batch,
-        LoaderConfig(
-            64, model.config.text.context_length, seed=seed, augmentation=augmentation, cache_gb=1.0, decode_threads=1
-        ),
+def make_model(settings: Settings) -> Mammut:
+    """A MaMMUT for pictures of IMAGE_SIZE with new weights."""
+    return Mammut(
+        mammut_config(
+            settings.size,
+            vision_pooling=settings.pooling,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+            vocab_size=settings.vocab_size,
+            patch_dropout=settings.patch_dropout,
+        )
     )
+
+
+def make_loader(split: Split, tokenizer: Tokenizer, context_length: int, seed: int, settings: Settings) -> Loader:
+    """Batches of the split in the seed's order, cropped and turned at random."""
+    augmentation = Augmentation(symmetries=True, min_crop_area=settings.min_crop_area)
+    config = LoaderConfig(
+        IMAGE_SIZE, context_length, seed=seed, augmentation=augmentation, cache_gb=1.0, decode_threads=1
+    )
+    return Loader(split, tokenizer, GlobalSampler(len(split.ids), settings.batch_size, seed).batch, config)
+
+
+def loop_config(variant: str, seed: int, settings: Settings) -> LoopConfig:
+    """How long to train, and on which losses."""
     contrastive_weight, caption_weight = WEIGHTS[variant]
-    loss = LossConfig(contrastive_weight=contrastive_weight, caption_weight=caption_weight * settings.caption_weight)
-    loop = LoopConfig(
-        num_steps,
+    return LoopConfig(
+        settings.samples // settings.batch_size,
         seed,
-        loss,
+        LossConfig(contrastive_weight=contrastive_weight, caption_weight=caption_weight * settings.caption_weight),
         settings.precision,
         max_minutes=settings.minutes,
         checkpoint_every_minutes=2.0,
         report_every_steps=20,
     )
+
+
+def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings: Settings, folder: Path) -> Embedder:
+    """One model from scratch, or on from its newest checkpoint below `folder`."""
+    torch.manual_seed(seed)
+    model = make_model(settings)
+    loader = make_loader(split, tokenizer, model.config.text.context_length, seed, settings)
+    loop, schedule = loop_config(variant, seed, settings), Schedule(settings.learning_rate, settings.warmup_steps)
     checkpoints = CheckpointFolder(str(folder))
-    engine = PlainEngine(model, OptimizerConfig(weight_decay=settings.weight_decay))
 
     def report(metrics: dict[str, float], step: int) -> None:
         shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("contrastive", "caption", "samples_per_s"))
-        print(f"{variant} {seed}: step {step}/{num_steps}  {shown}", flush=True)
+        print(f"{variant} {seed}: step {step}/{loop.num_steps}  {shown}", flush=True)
 
     progress = fit(
-        engine,
+        PlainEngine(model, OptimizerConfig(weight_decay=settings.weight_decay)),
         loader.batches,
-        lambda step: schedule.at(step, num_steps),
+        lambda step: schedule.at(step, loop.num_steps),
         loop,
         Hooks(report, checkpoints.save),
         checkpoints.latest(),
@@ -145,6 +156,24 @@ def evaluate(embedder: Embedder, split: Split) -> dict[str, float]:
     images_IE = embedder.embed_images([picture.image for picture in split.read(range(len(split.ids)))])
     owners = [index for index in range(len(split.ids)) for _ in split.captions(index)]
     return recall_at_k(images_IE, embedder.embed_texts(split.all_captions()), owners)
+
+
+def begin(path: Path, settings: Settings) -> dict[str, float] | None:
+    """The recall that a run of these settings has left in its JSON; None, with the settings noted, if it has none.
+
+    Raises:
+        SystemExit: the run was begun with other settings; it names them.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"settings": asdict(settings)}))
+    known, asked = json.loads(path.read_text()), asdict(settings)
+    stored = known["settings"]
+    names = sorted(name for name in stored.keys() | asked if stored.get(name) != asked.get(name))
+    if names:
+        found = ", ".join(f"{name} {stored.get(name)} (asked: {asked.get(name)})" for name in names)
+        raise SystemExit(f"{path} is of a run with other settings: {found}; ask for those, or name a new --out")
+    return known.get("recall")
 
 
 def main() -> None:
@@ -171,10 +200,12 @@ def main() -> None:
         recalls = []
         for seed in arguments.seeds:
             path = arguments.out / f"{variant}_{seed}.json"
-            if not path.exists():
-                embedder = train(train_split, tokenizer, variant, seed, settings, arguments.out / f"{variant}_{seed}")
-                path.write_text(json.dumps({"settings": asdict(settings), "recall": evaluate(embedder, val_split)}))
-            recalls.append(json.loads(path.read_text())["recall"])
+            recall = begin(path, settings)
+            if recall is None:
+                embedder = train(train_split, tokenizer, variant, seed, settings, path.with_suffix(""))
+                recall = evaluate(embedder, val_split)
+                path.write_text(json.dumps({"settings": asdict(settings), "recall": recall}))
+            recalls.append(recall)
         print_table(variant, recalls, chance_recall(len(val_split.ids), len(val_split.all_captions())))
 
 

@@ -34,7 +34,8 @@ def prepare_blocks(model: Mammut, config: BlockConfig) -> None:
     for blocks in (model.vision.blocks, model.text.blocks, model.text.cross_blocks):
         for index, block in enumerate(blocks):
             if config.compile_blocks:
-                # texts differ in length from step to step; pictures of a run are of one size
+                # texts differ in length from step to step; pictures only from phase to phase: torch traces the
+                # first size as it is, and the second one makes a graph for every size
                 _compile_forward(block, config.compile_backend, dynamic=None if blocks is model.vision.blocks else True)
             every = config.recompute_every_blocks
             if every is not None and index % every == 0:

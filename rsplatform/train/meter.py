@@ -1,12 +1,13 @@
 """What the loop reports between two steps: mean losses, pace, the device's use. No clock of its own but its window's.
 
 In: the values of each step. Out: one dict of metrics. Model FLOPs are those of the matrix products that the model's
-definition asks for, three times the forward pass; repeated work (checkpointing, micro-batches) earns nothing.
+definition asks for at the pictures' size, three times the forward pass; repeated work (checkpointing, micro-batches)
+earns nothing. Frozen parts count as trained: a phase that freezes shows more use than its devices give.
 Shapes: T tokens.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,14 +29,19 @@ class Window:
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    samples: int = 0
+    samples_by_size: dict[int, int] = field(default_factory=dict)
     data_wait_s: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, parts: dict[str, float], samples: int, data_wait_s: float) -> None:
-        """Count one step; no parts where it was skipped."""
+    @property
+    def samples(self) -> int:
+        """Of all sizes, those of skipped steps as well."""
+        return sum(self.samples_by_size.values())
+
+    def add(self, parts: dict[str, float], samples: int, data_wait_s: float, image_size: int) -> None:
+        """Count one step, with pictures of `image_size` pixels a side; no parts where it was skipped."""
         self.steps += bool(parts)
-        self.samples += samples
+        self.samples_by_size[image_size] = self.samples_by_size.get(image_size, 0) + samples
         self.data_wait_s += data_wait_s
         self.parts = {name: self.parts.get(name, 0.0) + value for name, value in parts.items()} or self.parts
 
@@ -50,16 +56,23 @@ class Window:
             "data_wait_fraction": self.data_wait_s / seconds,
         }
         if devices.peak_tflops is not None and "tokens_per_text" in means:
-            flops = training_flops_per_sample(model, means["tokens_per_text"])
-            metrics["mfu"] = per_device * flops / (devices.peak_tflops * 1e12)
+            flops = sum(
+                samples * training_flops_per_sample(model, means["tokens_per_text"], image_size)
+                for image_size, samples in self.samples_by_size.items()
+            )
+            metrics["mfu"] = flops / seconds / devices.count / (devices.peak_tflops * 1e12)
         if devices.own.type == "cuda":
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(devices.own) / 1e9
             torch.cuda.reset_peak_memory_stats(devices.own)
         return metrics
 
 
-def training_flops_per_sample(model: MammutConfig, tokens_per_text: float) -> float:
-    """Floating-point operations of one sample's forward and backward pass: three times the forward's."""
+def training_flops_per_sample(model: MammutConfig, tokens_per_text: float, image_size: int) -> float:
+    """Floating-point operations of one sample's forward and backward pass: three times the forward's.
+
+    `image_size`: pixels of a side of its picture, which need not be the model's own.
+    """
+    model = replace(model, vision=replace(model.vision, image_size=image_size))
     return 3 * (_vision_flops(model) + _text_flops(model, tokens_per_text))
 
 

@@ -134,7 +134,7 @@ def fit(
             outcome = _take_step(engine, batch, progress, Plan(config, hooks.auxiliary_loss, rate, votes))
             if averaged and outcome.values:
                 averaged.update(engine.model)
-            window.add(outcome.values, len(batch.sample_ids) * world_size, data_wait_s)
+            window.add(outcome.values, len(batch.sample_ids) * world_size, data_wait_s, batch.images_BHWC.shape[1])
             progress = _advance(progress, time.perf_counter() - started, config, outcome)
             is_last = progress.step == config.num_steps or bool(progress.stopped)
             if is_last or progress.step % config.report_every_steps == 0:

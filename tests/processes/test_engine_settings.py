@@ -1,16 +1,20 @@
 """What every engine does alike beside a plain step: rates by layer, recomputed blocks, steps that the guard skips.
 
 The same few steps, one of them with a gradient that is not finite on one process only, under every engine with
-recomputed blocks (FSDP2's traced by torch.compile as well), against one plain process that keeps everything.
+recomputed blocks (FSDP2's traced by torch.compile as well), against one plain process that keeps everything. And
+steps skipped for their loss, after a forward pass with a graph that nothing runs back: bitwise no trace of them.
 """
 
+from collections.abc import Collection, Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rsplatform.model.mammut import Mammut
+from rsplatform.model.mammut import Mammut, MammutOutput
+from rsplatform.train.batch import Batch
 from rsplatform.train.blocks import BlockConfig, prepare_blocks
 from rsplatform.train.deepspeed import DeepSpeedEngine
 from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
@@ -26,6 +30,8 @@ NUM_STEPS, BAD_STEP, WORLD_SIZE = 3, 1, 2
 # A key's bias has no gradient but rounding, which Adam would blow up to a full step: eps well above that rounding
 OPTIMIZER = OptimizerConfig(eps=1e-4, gradient_clip=0.5, layer_decay=0.5)
 KINDS = ("plain", "fsdp", "zero0", "zero1", "zero2", "zero3")
+# Every kind of forward pass: one process's own weights, FSDP2's shards, ZeRO-3's; by step, what multiplies the loss
+LOSS_KINDS, BAD_LOSSES, NUM_LOSS_STEPS = ("plain", "fsdp", "zero3"), {2: 1e4, 3: torch.nan}, 6
 State = dict[str, Tensor]
 
 
@@ -71,8 +77,56 @@ def train(kind: str, *, recomputes: bool) -> State:
     return saved | {"rows": torch.stack(rows)}
 
 
+def train_past_bad_losses(kind: str, steps: Collection[int], num_skipped: int) -> State:
+    """The last state and the losses and norms of the steps taken, over the batches of `steps`; a batch of BAD_LOSSES
+    has its bad loss on the first process only."""
+    engine, rows, saved = make_engine(kind, recomputes=True), [], {}
+    share, current, skipped = Share(dist.get_rank(), dist.get_world_size()), [0], []
+    forward = engine.forward
+
+    def batches(start: int, end: int) -> Generator[Batch]:
+        for step, batch in enumerate(tiny_loader(share).batches(0, NUM_LOSS_STEPS)):
+            if step in steps:
+                current[0] = step
+                yield batch
+
+    def poisoned_forward(*arguments: Any, **named: Any) -> MammutOutput:
+        output = forward(*arguments, **named)
+        assert output.caption_loss_sum.requires_grad
+        factor = BAD_LOSSES.get(current[0], 1.0) if share.rank == 0 else 1.0
+        return output._replace(caption_loss_sum=output.caption_loss_sum * factor)
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        skipped.append(metrics["skipped_steps"])
+        if "loss" in metrics:
+            rows.append(torch.tensor([metrics["loss"], metrics["gradient_norm"]], dtype=torch.float64))
+
+    def save(tensors: State, progress: Progress) -> None:
+        saved.update({name: value.clone() for name, value in tensors.items()})
+
+    engine.forward = poisoned_forward
+    guard = GuardConfig(max_skipped_steps=len(BAD_LOSSES), spike_deviations=1000.0, window_steps=2)
+    config = LoopConfig(len(steps), report_every_steps=1, guard=guard)
+    fit(engine, batches, lambda step: 1e-3, config, Hooks(report, save))
+    assert skipped[-1] == num_skipped, f"{kind}: {skipped}"
+    return saved | {"rows": torch.stack(rows)}
+
+
+def check_bad_losses_leave_no_trace() -> None:
+    """The good steps around a spike and a loss that is not a number are those of a run without the two."""
+    every = range(NUM_LOSS_STEPS)
+    good = [step for step in every if step not in BAD_LOSSES]
+    for kind in LOSS_KINDS:
+        expected = train_past_bad_losses(kind, good, 0)
+        found = train_past_bad_losses(kind, every, len(BAD_LOSSES))
+        assert found.keys() == expected.keys(), kind
+        differing = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+        assert not differing, f"{kind}: {differing[:5]}"
+
+
 def train_all(kinds: tuple[str, ...]) -> State:
     """All engines in one set of processes: importing DeepSpeed costs more than the training."""
+    check_bad_losses_leave_no_trace()
     return {f"{kind}|{name}": value for kind in kinds for name, value in train(kind, recomputes=True).items()}
 
 

@@ -22,17 +22,27 @@ from tests.processes.process_group import run_processes
 from tests.unit.train.tiny_training import tiny_model
 
 NUM_STEPS, BATCH_SIZE = 2, 12
-# A process has 6 or 12 samples: the last piece is smaller, or not
-MICRO_BATCH_SIZES = (1, 4)
 # A key's bias has no gradient but rounding, which Adam would blow up to a full step: eps well above that rounding
 OPTIMIZER = OptimizerConfig(eps=1e-4, gradient_clip=0.5)
-LOSSES = {"softmax": LossConfig(), "focal": LossConfig("focal_sigmoid", caption_weight=2.0)}
+LOSSES = {
+    "softmax": LossConfig(),
+    "focal": LossConfig("focal_sigmoid", caption_weight=2.0),
+    "sigmoid": LossConfig("sigmoid", z_loss_weight=1e-2),
+}
+# A process has 6 or 12 samples: the last piece is smaller, or not. ZeRO's stages differ in no loss
+SIZES = (("softmax", 1), ("softmax", 4))
+CASES = dict.fromkeys(("zero0", "zero1", "zero2"), SIZES)
+CASES |= dict.fromkeys(("plain", "fsdp", "zero3"), (*SIZES, ("focal", 4), ("sigmoid", 4)))
+KINDS = {1: ("plain", "fsdp", "zero0", "zero3"), 2: ("plain", "fsdp", "zero0", "zero1", "zero2", "zero3")}
+# Left as they are by the first step and trained by the second
+FROZEN = ("vision", "logit_scale")
+FROZEN_KINDS = {1: (), 2: ("fsdp", "zero2", "zero3")}
 State = dict[str, torch.Tensor]
 
 
-def make_model(dtype: torch.dtype) -> Mammut:
-    """With a logit scale above its clamp, where only gradients that lead down pass."""
-    model = tiny_model(vision_pooling="map").to(dtype)
+def make_model(dtype: torch.dtype, loss: LossConfig) -> Mammut:
+    """With a logit scale above its clamp, where only gradients that lead down pass; SigLIP's stays below."""
+    model = tiny_model(vision_pooling="map", logit_bias=loss.contrastive == "sigmoid").to(dtype)
     with torch.no_grad():
         model.log_logit_scale.add_(2.0)
     # the loop's pixels are float32
@@ -40,14 +50,14 @@ def make_model(dtype: torch.dtype) -> Mammut:
     return model
 
 
-def make_engine(kind: str) -> Engine:
-    dtype = torch.float32 if kind.startswith("zero") else torch.float64
+def make_engine(kind: str, loss: LossConfig, freezable: tuple[str, ...] = ()) -> Engine:
+    model = make_model(torch.float32 if kind.startswith("zero") else torch.float64, loss)
     if kind == "plain":
-        return PlainEngine(make_model(dtype), OPTIMIZER, gather_of_default_group())
+        return PlainEngine(model, OPTIMIZER, gather_of_default_group())
     if kind == "fsdp":
-        return FsdpEngine(make_model(dtype), OPTIMIZER)
-    world_size = dist.get_world_size()
-    return DeepSpeedEngine(make_model(dtype), OPTIMIZER, batch_size=BATCH_SIZE // world_size, zero_stage=int(kind[-1]))
+        return FsdpEngine(model, OPTIMIZER)
+    rows = BATCH_SIZE // dist.get_world_size()
+    return DeepSpeedEngine(model, OPTIMIZER, batch_size=rows, zero_stage=int(kind[-1]), freezable=freezable)
 
 
 def own_batch(step: int) -> Batch:
@@ -63,11 +73,12 @@ def own_batch(step: int) -> Batch:
     return Batch(images_BHWC[rank::world_size], tokens_BT[rank::world_size], ids)
 
 
-def train(kind: str, loss: LossConfig, micro_batch_size: int | None) -> State:
-    """The state after a few steps, and under "rows" what each step gave, over all processes."""
-    engine, rows = make_engine(kind), []
+def train(kind: str, loss: LossConfig, micro_batch_size: int | None, frozen: tuple[str, ...] = ()) -> State:
+    """The state after a few steps, and under "rows" what each step gave, over all processes; `frozen` in the first."""
+    engine, rows = make_engine(kind, loss, frozen), []
     config = StepConfig(loss, seed=3, micro_batch_size=micro_batch_size)
     for step in range(NUM_STEPS):
+        engine.freeze(() if step else frozen)
         prepared = prepare_step(engine, own_batch(step), step, config)
         values_K = torch.stack([part.double() for part in prepared.parts.values()])
         if engine.gather is not None:
@@ -90,7 +101,7 @@ class Reductions(TorchDispatchMode):
 
 def num_reductions(kind: str, micro_batch_size: int) -> int:
     """How often the gradients of one step cross the network."""
-    engine = make_engine(kind)
+    engine = make_engine(kind, LossConfig())
     prepared = prepare_step(engine, own_batch(0), 0, StepConfig(micro_batch_size=micro_batch_size))
     with Reductions() as reductions:
         prepared.make_gradients()
@@ -98,11 +109,15 @@ def num_reductions(kind: str, micro_batch_size: int) -> int:
     return reductions.count
 
 
-def train_all(kinds: tuple[str, ...]) -> State:
+def train_all(world_size: int) -> State:
     """All cases of one world size in one set of processes: importing DeepSpeed costs more than the training."""
-    cases = [(kind, name, size) for kind in kinds for name in LOSSES for size in MICRO_BATCH_SIZES]
-    results = {f"{kind}|{name}|{size}": train(kind, LOSSES[name], size) for kind, name, size in cases}
-    for kind in kinds if dist.get_world_size() > 1 else ():
+    results = {
+        f"{kind}|{name}|{size}": train(kind, LOSSES[name], size)
+        for kind in KINDS[world_size]
+        for name, size in CASES[kind]
+    }
+    results |= {f"{kind}|frozen|4": train(kind, LossConfig(), 4, FROZEN) for kind in FROZEN_KINDS[world_size]}
+    for kind in KINDS[world_size] if world_size > 1 else ():
         assert num_reductions(kind, 1) == num_reductions(kind, 3) > 0, kind
     return {f"{case}|{name}": value for case, state in results.items() for name, value in state.items()}
 
@@ -110,9 +125,10 @@ def train_all(kinds: tuple[str, ...]) -> State:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_micro_batches_take_the_step_of_the_whole_batch(tmp_path: Path, world_size: int) -> None:
     whole = {name: train("plain", loss, None) for name, loss in LOSSES.items()}
-    kinds = ("plain", "fsdp", "zero0", "zero1", "zero2", "zero3")
-    for tensors in run_processes(world_size, tmp_path, train_all, kinds):
-        assert len(tensors) == len(kinds) * len(MICRO_BATCH_SIZES) * sum(len(state) for state in whole.values())
+    num_tensors = sum(len(whole[name]) for kind in KINDS[world_size] for name, _ in CASES[kind])
+    whole["frozen"] = train("plain", LossConfig(), None, FROZEN)
+    for tensors in run_processes(world_size, tmp_path, train_all, world_size):
+        assert len(tensors) == num_tensors + len(FROZEN_KINDS[world_size]) * len(whole["frozen"])
         for key, actual in tensors.items():
             kind, loss, _, name = key.split("|")
             tolerance = 1e-5 if kind.startswith("zero") else 1e-10

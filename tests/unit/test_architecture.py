@@ -40,6 +40,7 @@ RAY_RIM = {
 }
 MLFLOW_RIM = {"tracking.py"}
 DEEPSPEED_RIM = {"train/deepspeed.py"}
+LOOP = ("rsplatform/train/pretrain.py", "fit")
 
 # These run where only torch is (and NumPy, which it brings), with everything of ours that they import.
 TORCH_ONLY = [
@@ -161,15 +162,18 @@ def test_nothing_is_imported_relatively_and_no_room_is_called_utils() -> None:
 
 
 def test_files_and_functions_stay_small() -> None:
+    """Only the training loop may be longer than other functions, and by name."""
     long = []
-    for path in [*modules(), *sorted((REPOSITORY / "jobs").glob("*.py"))]:
+    scripts = [path for folder in ("jobs", "benchmarks") for path in sorted((REPOSITORY / folder).glob("*.py"))]
+    for path in [*modules(), *scripts]:
         text = path.read_text()
         if text.count("\n") > 300:
             long.append(f"{path.relative_to(REPOSITORY)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
-                limit = 80 if path.name == "pretrain.py" else 40
+                is_loop = (path.relative_to(REPOSITORY).as_posix(), node.name) == LOOP
+                limit = 80 if is_loop else 40
                 if length > limit:
                     long.append(f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}: {length} lines")
     assert not long, long

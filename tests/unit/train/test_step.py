@@ -13,6 +13,11 @@ from rsplatform.train.step import StepConfig, forward_backward, forward_micro_ba
 from tests.unit.train.tiny_training import tiny_model
 
 NUM_SAMPLES = 7
+LOSSES = (
+    LossConfig(),
+    LossConfig("focal_sigmoid", caption_weight=2.0),
+    LossConfig("sigmoid", z_loss_weight=1e-2),
+)
 
 
 def make_engine(**overrides) -> PlainEngine:
@@ -40,20 +45,22 @@ def obvious_loss(engine: PlainEngine, config: StepConfig, size: int) -> torch.Te
     batch = make_batch()
     pieces = [batch.rows(start, start + size) for start in range(0, NUM_SAMPLES, size)]
     outputs = [forward_micro_batch(engine, piece, 4, index, config) for index, piece in enumerate(pieces)]
+    z_losses = [output.caption_z_loss_sum for output in outputs if output.caption_z_loss_sum is not None]
     whole = outputs[0]._replace(
         image_embeddings_BE=torch.cat([output.image_embeddings_BE for output in outputs]),
         text_embeddings_BE=torch.cat([output.text_embeddings_BE for output in outputs]),
         caption_loss_sum=torch.stack([output.caption_loss_sum for output in outputs]).sum(),
         caption_token_count=torch.stack([output.caption_token_count for output in outputs]).sum(),
+        caption_z_loss_sum=torch.stack(z_losses).sum() if z_losses else None,
     )
     return mammut_loss(whole, batch.tokens_BT, config.loss)[0]
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig("focal_sigmoid", caption_weight=2.0)])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.contrastive)
 @pytest.mark.parametrize("size", [2, 6])
 def test_micro_batches_make_the_gradients_of_one_graph(loss: LossConfig, size: int) -> None:
     config = StepConfig(loss, seed=2, micro_batch_size=size)
-    slow, fast = make_engine(), make_engine()
+    slow, fast = (make_engine(logit_bias=loss.contrastive == "sigmoid") for _ in range(2))
     expected = obvious_loss(slow, config, size)
     expected.backward()
     parts = forward_backward(fast, make_batch(), 4, config)
