@@ -20,17 +20,18 @@ from rsplatform import storage
 from rsplatform.cluster import TrainPlacement
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import Mammut
+from rsplatform.model.resolution import with_image_size
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.model.weights import TOKENIZER_FILE, load_model
+from rsplatform.model.weights import TOKENIZER_FILE, load_model, model_from_tensors
 from rsplatform.tracking import Run
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import NO_AUGMENTATION
 from rsplatform.train.blocks import BlockConfig, prepare_blocks
 from rsplatform.train.checkpoint import BackgroundWriter, CheckpointFolder, HostImage, KeepBest
 from rsplatform.train.curriculum import RecipeMismatchError
-from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.engine import MODEL, Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.loader import Loader, LoaderConfig, Share
-from rsplatform.train.pretrain import Hooks, Progress, TrainingDivergedError, fit
+from rsplatform.train.pretrain import EMA, Hooks, Progress, TrainingDivergedError, fit
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.validate import validation_losses
@@ -106,6 +107,19 @@ def initial_model(config: PretrainConfig, root: str) -> Mammut:
     assert config.model is not None, "the recipe's validator demands one of model and start_from"
     torch.manual_seed(config.seed)
     return Mammut(config.model.mammut_config())
+
+
+def model_of_checkpoint(config: PretrainConfig, root: str, tensors: Mapping[str, torch.Tensor], source: str) -> Mammut:
+    """The model that a checkpoint would be exported as, in eval mode; `source` is its place, for errors.
+
+    Its weights are their moving average if there is one. Its own image size is the last phase's: the size that the
+    finished model's weights were last trained at, so that numbers of one run's checkpoints compare.
+    """
+    prefix = EMA if config.ema_decay is not None else MODEL
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    architecture = initial_model(config, root).config
+    model = model_from_tensors(architecture, weights, source)
+    return with_image_size(model, config.curriculum.image_sizes(architecture)[-1])
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
