@@ -23,6 +23,7 @@ from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
 from rsplatform.train.curriculum import RecipeMismatchError
+from rsplatform.train.hardest import hardest_figure
 from rsplatform.train.pretrain import Progress, TrainingDivergedError
 from rsplatform.train.progress import shown_progress
 from rsplatform.train.recipe import PretrainConfig
@@ -166,6 +167,11 @@ def _describe(stage: Stage, config: PretrainConfig, progress: Progress) -> None:
         logger.warning("%s: %s", config.output, progress.stopped)
         stage.run.set_tags({"stopped_early": progress.stopped})
     stage.run.log_picture(loss_figure(history), "loss.png")
+    if config.validation_split is not None:
+        store = SampleStore(stage.artifact.root, config.dataset, config.validation_split)
+        hardest = hardest_figure(stage.artifact.uri, store)
+        if hardest is not None:
+            stage.run.log_picture(hardest, "hardest_pairs.png")
 
 
 def loss_figure(history: list[dict[str, float]]) -> Figure:

@@ -30,6 +30,7 @@ from rsplatform.train.blocks import BlockConfig, prepare_blocks
 from rsplatform.train.checkpoint import BackgroundWriter, CheckpointFolder, HostImage, KeepBest
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import MODEL, Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.hardest import write_hardest
 from rsplatform.train.loader import Loader, LoaderConfig, Share
 from rsplatform.train.pretrain import EMA, Hooks, Progress, TrainingDivergedError, fit
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
@@ -94,7 +95,7 @@ def run_worker(job: WorkerJob) -> Progress:
         resume = job.checkpoints.latest()
         loop = job.config.loop_config(job.placement)
         with Recorder(job, is_first=share.rank == 0, from_step=resume[1].step if resume else 0) as recorder:
-            validate = _validation(job, engine, tokenizer, config)
+            validate = _validation(job, engine, tokenizer, config, share)
             hooks = Hooks(recorder.report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
             return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
 
@@ -243,7 +244,7 @@ def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
 
 
 def _validation(
-    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig
+    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig, share: Share
 ) -> Callable[[], dict[str, float]] | None:
     if job.config.validation_split is None:
         return None
@@ -259,7 +260,8 @@ def _validation(
         decode_threads=config.decode_threads,
     )
     loader = Loader(store, tokenizer, lambda step: order[step * batch_size : (step + 1) * batch_size], settings)
-    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss)
+    look = partial(write_hardest, job.folder, tokenizer) if share.rank == 0 else None
+    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss, look)
 
 
 @contextlib.contextmanager
