@@ -2,7 +2,7 @@
 
 In: what a validation has seen. Out: hardest.json below the run's folder, written anew by each validation, and in the
 end one figure of it. Decides nothing about the training.
-Shapes: P pairs (row i of images and texts belong together; B where a validation hands them over), E embedding, T tokens.
+Shapes: P pairs, whose image and text share a row (B where a validation hands them over), E embedding, T tokens.
 """
 
 import textwrap

@@ -1,7 +1,5 @@
 """Hardest pairs: those that a slow count over all texts finds, drawn for a finished run."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -68,4 +66,3 @@ def test_a_run_leaves_its_hardest_pairs_and_their_pictures(root: str) -> None:
     assert logged["hardest_pairs.png"] > 1000
     storage.write_json(artifact.path(HARDEST_FILE), [])
     assert hardest_figure(artifact.uri, store) is None
-    figure.savefig(Path(root) / "hardest.png")
