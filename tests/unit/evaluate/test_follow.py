@@ -160,7 +160,7 @@ def test_a_training_is_followed_while_it_runs(cluster: Cluster, monkeypatch: pyt
     assert list(scores(Artifact(cluster.root, recipe.output))) == [2, 4]
     training = threading.Thread(target=train, args=(cluster, "live"), kwargs={"keep_checkpoints": 2})
     training.start()
-    patient = cluster.model_copy(update={"follow": FollowPlacement(poll_seconds=30, patience_minutes=1)})
+    patient = cluster.model_copy(update={"follow": FollowPlacement(poll_seconds=1, patience_minutes=3)})
     found = list(scores(follow(recipe, patient)))
     training.join()
     assert found in ([2, 4, 6, 8], [2, 4, 8]), "nothing twice, the last one for sure"
