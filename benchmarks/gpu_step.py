@@ -141,7 +141,7 @@ def measure(setting: Setting, arguments: argparse.Namespace, peak_tflops: float)
         synchronise(device)
         seconds.append(time.perf_counter() - started)
     pace = setting.batch_size / statistics.median(seconds)
-    flops = training_flops_per_sample(model, arguments.tokens)
+    flops = training_flops_per_sample(model, arguments.tokens, model.vision.image_size)
     row = {"samples_per_s": pace, "mfu": pace * flops / (peak_tflops * 1e12)}
     if device.type == "cuda":
         row["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
@@ -173,7 +173,8 @@ def print_table(arguments: argparse.Namespace) -> list[dict]:
     device = torch.device(arguments.device)
     peak_tflops = matmul_peak_tflops(device, getattr(torch, arguments.precision))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    flops = training_flops_per_sample(mammut_config(arguments.size), arguments.tokens)
+    model = mammut_config(arguments.size)
+    flops = training_flops_per_sample(model, arguments.tokens, model.vision.image_size)
     print(f"{name}, torch {torch.__version__}, {arguments.precision}, {arguments.size}, T = {arguments.tokens}")
     print(f"matrix-product peak {peak_tflops:.2f} TFLOP/s; {flops / 1e12:.3g} TFLOP a sample: at the peak", end=" ")
     print(f"{peak_tflops * 1e12 / flops:.0f} samples/s")

@@ -147,7 +147,7 @@ def print_contrastive(batch_size: int, numbers: ModelNumbers, network: Network) 
 
 def pace(arguments: argparse.Namespace, model: MammutConfig) -> float:
     """Samples a second of one GPU: measured if given, else the assumed part of the peak, and says which."""
-    flops = training_flops_per_sample(model, arguments.tokens)
+    flops = training_flops_per_sample(model, arguments.tokens, model.vision.image_size)
     if arguments.samples_per_s is not None:
         print(f"one GPU: {arguments.samples_per_s:.0f} samples/s (given)")
         return arguments.samples_per_s

@@ -110,11 +110,19 @@ def check_recipe(artifact: Artifact, recipe: dict[str, Any]) -> None:
     Raises:
         ArtifactError: they differ; the message lists the differences.
     """
+    known = known_recipe(artifact)
+    if known is not None:
+        _refuse_difference(artifact, known, recipe)
+
+
+def known_recipe(artifact: Artifact) -> dict[str, Any] | None:
+    """The `identity` that made or began the artifact; None if nobody has."""
     if artifact.is_finished:
         manifest = artifact.manifest()
-        _refuse_difference(artifact, {"config": manifest["config"], "inputs": manifest["inputs"]}, recipe)
-    elif storage.exists(artifact.path(RECIPE)):
-        _refuse_difference(artifact, storage.read_json(artifact.path(RECIPE))["identity"], recipe)
+        return {"config": manifest["config"], "inputs": manifest["inputs"]}
+    if storage.exists(artifact.path(RECIPE)):
+        return storage.read_json(artifact.path(RECIPE))["identity"]
+    return None
 
 
 def note_run(artifact: Artifact, run_id: str) -> None:
@@ -124,7 +132,9 @@ def note_run(artifact: Artifact, run_id: str) -> None:
 
 
 def noted_run(artifact: Artifact) -> str | None:
-    """The MLflow run that an unfinished artifact was begun under."""
+    """The MLflow run that made the artifact or, if it is unfinished, that it was begun under."""
+    if artifact.is_finished:
+        return artifact.manifest()["mlflow_run_id"]
     if not storage.exists(artifact.path(RECIPE)):
         return None
     return storage.read_json(artifact.path(RECIPE)).get("mlflow_run_id")

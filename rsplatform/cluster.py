@@ -51,6 +51,17 @@ class TunePlacement(Config):
     gpus_per_trial: float = Field(default=0, ge=0)
 
 
+class FollowPlacement(Config):
+    """How a follower waits for a training's checkpoints, which may come from another machine.
+
+    It looks after at most `poll_seconds` (at once where the disk tells of changes) and gives up, to be resumed, after
+    `patience_minutes` without a new one.
+    """
+
+    poll_seconds: float = Field(default=30, gt=0)
+    patience_minutes: float = Field(default=120, ge=0)
+
+
 class ServePlacement(Config):
     """Listening address and replicas. Without API keys only a loopback host is accepted."""
 
@@ -71,6 +82,7 @@ class Cluster(Config):
     data: DataPlacement = DataPlacement()
     train: TrainPlacement = TrainPlacement()
     tune: TunePlacement = TunePlacement()
+    follow: FollowPlacement = FollowPlacement()
     serve: ServePlacement = ServePlacement()
     _arguments: tuple[str, ...] = PrivateAttr(default=())
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from pydantic import Field
 from rich.progress import track
 
@@ -40,8 +41,11 @@ from rsplatform.localize.window import SmoothWindow
 from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.model.preprocess import Square
 from rsplatform.model.recall import chance_recall, recall_at_k
-from rsplatform.stage import Stage, finished, open_stage
+from rsplatform.stage import finished, open_stage
 from rsplatform.storage import local_folder, write_json
+
+# Takes a figure and the name of its file.
+LogPicture = Callable[[Figure, str], None]
 
 
 class EvaluateConfig(StageConfig):
@@ -62,7 +66,10 @@ def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
         embedder = Embedder.load(folder, driver_device())
         report: dict[str, Any] = {"model": config.model, "model_hash": embedder.model_hash, "benchmarks": {}}
         for benchmark in config.benchmarks:
-            report["benchmarks"][benchmark.name] = _score(benchmark, config, cluster, embedder, stage)
+            result = score(benchmark, config.window, cluster, embedder, stage.run.log_picture)
+            stage.run.set_tags({f"pin.{benchmark.name}": result["pin"]})
+            stage.log(numbers(benchmark.name, result))
+            report["benchmarks"][benchmark.name] = result
         write_json(stage.artifact.path("report.json"), report)
         stage.run.log_document(report, "report.json")
         names = len(config.benchmarks)
@@ -70,23 +77,28 @@ def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def _score(
-    benchmark: Benchmark, config: EvaluateConfig, cluster: Cluster, embedder: Embedder, stage: Stage
+def score(
+    benchmark: Benchmark, window: int, cluster: Cluster, embedder: Embedder, log_picture: LogPicture
 ) -> dict[str, Any]:
+    """One model on one benchmark: its numbers by name, in percent where they are shares, and its `pin`.
+
+    Raises:
+        ConfigError: a file of the benchmark is missing or damaged.
+    """
     if isinstance(benchmark, DatasetRetrieval | CaptionFolderRetrieval):
-        result = _retrieval(benchmark, cluster, embedder, stage)
-    elif isinstance(benchmark, Classification):
-        result = _classification(benchmark, cluster, embedder, stage)
-    else:
-        result = segmentation(benchmark, cluster, embedder, config.window, stage)
-    stage.run.set_tags({f"pin.{benchmark.name}": result["pin"]})
-    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
-    stage.log({f"{benchmark.name}/{key}": float(value) for key, value in numbers.items()})
-    return result
+        return _retrieval(benchmark, cluster, embedder, log_picture)
+    if isinstance(benchmark, Classification):
+        return _classification(benchmark, cluster, embedder, log_picture)
+    return _segmentation(benchmark, window, cluster, embedder, log_picture)
+
+
+def numbers(name: str, result: dict[str, Any]) -> dict[str, float]:
+    """What `score` gave as metrics, `benchmark/number`; pins and tables by class are left out."""
+    return {f"{name}/{key}": float(value) for key, value in result.items() if isinstance(value, int | float)}
 
 
 def _retrieval(
-    benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster: Cluster, embedder: Embedder, stage: Stage
+    benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster: Cluster, embedder: Embedder, log_picture: LogPicture
 ) -> dict[str, Any]:
     data = load_retrieval(benchmark, cluster)
     images_IE = retrieval_images(data, embedder, benchmark.name)
@@ -94,7 +106,7 @@ def _retrieval(
     texts_TE = _embedded(embedder.embed_texts, texts, embedder.batch_size)
     recalls = recall_at_k(images_IE, texts_TE, data.image_of_text)
     chance = chance_recall(len(data.images), len(data.texts))
-    stage.run.log_picture(figures.recall_plot(recalls, chance, benchmark.name), f"{benchmark.name}_recall.png")
+    log_picture(figures.recall_plot(recalls, chance, benchmark.name), f"{benchmark.name}_recall.png")
     sizes = {"num_images": len(data.images), "num_texts": len(data.texts), "pin": data.pin}
     return recalls | {f"chance_{key}": value for key, value in chance.items()} | sizes
 
@@ -119,14 +131,16 @@ def _embedded(embed: Callable[[Sequence], np.ndarray], items: Iterable, batch_si
     return np.concatenate(rows)
 
 
-def _classification(benchmark: Classification, cluster: Cluster, embedder: Embedder, stage: Stage) -> dict[str, Any]:
+def _classification(
+    benchmark: Classification, cluster: Cluster, embedder: Embedder, log_picture: LogPicture
+) -> dict[str, Any]:
     data = load_classification(benchmark, cluster)
     pictures = (picture.pixels_HWC for picture in squares(data.sources, data.images, embedder.image_size))
     shown = track(pictures, f"{benchmark.name}: pictures", len(data.images), transient=True)
     scores = zero_shot_accuracy(
         embedder.embed_images, embedder.embed_texts, shown, data.labels, data.class_names, benchmark.prompt
     )
-    stage.run.log_picture(
+    log_picture(
         figures.bars(scores.accuracy_by_class, f"{benchmark.name}: top-1 by class, %"), f"{benchmark.name}_classes.png"
     )
     return {
@@ -139,8 +153,8 @@ def _classification(benchmark: Classification, cluster: Cluster, embedder: Embed
     }
 
 
-def segmentation(
-    benchmark: Segmentation, cluster: Cluster, embedder: Embedder, window: int, stage: Stage
+def _segmentation(
+    benchmark: Segmentation, window: int, cluster: Cluster, embedder: Embedder, log_picture: LogPicture
 ) -> dict[str, Any]:
     """mIoU raw (window 1) and smooth on the same pictures, same head, upsampling and argmax over the prompts."""
     prompts = [prompt for mask_class in benchmark.classes for prompt in mask_class.prompts]
@@ -160,8 +174,8 @@ def segmentation(
             matrix.update(labels[method], picture.mask_HW)
         if len(names) <= 4:
             figure = figures.label_overlays(picture.image_HWC, picture.mask_HW, labels, benchmark.classes)
-            stage.run.log_picture(figure, f"{benchmark.name}/{picture.name}.png")
-            _log_heatmap(stage, benchmark, picture, maps["smooth"])
+            log_picture(figure, f"{benchmark.name}/{picture.name}.png")
+            _log_heatmap(log_picture, benchmark, picture, maps["smooth"])
     result: dict[str, Any] = {
         "num_images": len(names),
         "pin": pin([names, benchmark.model_dump(exclude={"folder"}), window]),
@@ -176,10 +190,12 @@ def segmentation(
     return result
 
 
-def _log_heatmap(stage: Stage, benchmark: Segmentation, picture: MaskedPicture, maps_PHW: torch.Tensor) -> None:
+def _log_heatmap(
+    log_picture: LogPicture, benchmark: Segmentation, picture: MaskedPicture, maps_PHW: torch.Tensor
+) -> None:
     """The smooth map of the foreground prompt that the picture agrees with most, over the picture."""
     prompts = [(item.name, prompt) for item in benchmark.classes for prompt in item.prompts]
     first = len(benchmark.classes[0].prompts)
     best = first + int(maps_PHW[first:].flatten(1).amax(dim=1).argmax())
     figure = figures.heat_overlay(picture.image_HWC, maps_PHW[best].numpy(), prompts[best][1])
-    stage.run.log_picture(figure, f"{benchmark.name}/{picture.name}_{prompts[best][0]}_heat.png")
+    log_picture(figure, f"{benchmark.name}/{picture.name}_{prompts[best][0]}_heat.png")

@@ -19,21 +19,20 @@ from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import MammutConfig
-from rsplatform.model.resolution import with_image_size
-from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, model_from_tensors, save_model
+from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, save_model
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
 from rsplatform.train.curriculum import RecipeMismatchError
-from rsplatform.train.engine import MODEL
-from rsplatform.train.pretrain import EMA, Progress, TrainingDivergedError
+from rsplatform.train.hardest import hardest_figure
+from rsplatform.train.pretrain import Progress, TrainingDivergedError
 from rsplatform.train.progress import shown_progress
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.train_tokenizer import learn, read_tokenizer
 from rsplatform.train.worker import (
     WorkerJob,
-    initial_model,
     load_tokenizer,
+    model_of_checkpoint,
     ray_train_worker,
     read_history,
     run_worker,
@@ -159,11 +158,7 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
 
 
 def export_model(job: WorkerJob) -> Progress:
-    """Write model/ from the last checkpoint, or the best if the recipe says so; returns where it stood.
-
-    What is written is the moving average of the weights if there is one, else the weights. The model's own image size
-    is the last phase's: the size that the weights were last trained at.
-    """
+    """Write model/ from the last checkpoint, or the best if the recipe says so; returns where it stood."""
     checkpoints, keep_best = job.checkpoints, job.config.keep_best
     steps = checkpoints.steps()
     if not steps:
@@ -172,11 +167,7 @@ def export_model(job: WorkerJob) -> Progress:
     if keep_best is not None and keep_best.export == "best":
         step = keep_best.step(read_history(job.folder), steps) or step
     tensors, progress = checkpoints.load(step)
-    prefix = EMA if job.config.ema_decay is not None else MODEL
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    config = initial_model(job.config, job.root).config
-    model = model_from_tensors(config, weights, checkpoints.uri)
-    model = with_image_size(model, job.config.curriculum.image_sizes(config)[-1])
+    model = model_of_checkpoint(job.config, job.root, tensors, checkpoints.uri)
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, load_tokenizer(job.folder))
         storage.upload_folder(Path(folder), f"{job.folder}/model")
@@ -202,6 +193,11 @@ def _describe(stage: Stage, config: PretrainConfig, progress: Progress, exported
         logger.warning("%s: %s", config.output, progress.stopped)
         stage.run.set_tags({"stopped_early": progress.stopped})
     stage.run.log_picture(loss_figure(history), "loss.png")
+    if config.validation_split is not None:
+        store = SampleStore(stage.artifact.root, config.dataset, config.validation_split)
+        hardest = hardest_figure(stage.artifact.uri, store)
+        if hardest is not None:
+            stage.run.log_picture(hardest, "hardest_pairs.png")
 
 
 def loss_figure(history: list[dict[str, float]]) -> Figure:

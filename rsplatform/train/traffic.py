@@ -10,11 +10,12 @@ Shapes: B own batch, G global batch, E embedding.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import nn
 
+from rsplatform.cluster import TrainPlacement
 from rsplatform.model.mammut import Mammut, MammutConfig
 from rsplatform.train.engine import BUCKET_NUMBERS
 
@@ -203,3 +204,17 @@ def state_bytes(layout: Layout, model: ModelNumbers, *, autocasts: bool) -> floa
     sharded = {"plain": 0, "zero0": 0, "zero1": 2, "zero2": 3, "zero3": 4, "fsdp": 4}[layout.engine]
     collected = layout.engine == "zero3" and shards > 1 and model.total < _ZERO3_LIVE_NUMBERS
     return whole * (4 - sharded + collected + sharded / shards + autocasts / 2)
+
+
+def layout_of(placement: TrainPlacement, num_devices: int) -> Layout:
+    """The layout that a placement asks for."""
+    engine = f"zero{placement.zero_stage}" if placement.engine == "deepspeed" else placement.engine
+    assert engine in get_args(TrafficEngine)
+    return Layout(cast(TrafficEngine, engine), num_devices, placement.shard_size)
+
+
+def sent_gb_per_step(layout: Layout, model: MammutConfig, batch_size: int, micro_batch_size: int | None) -> float:
+    """10^9 bytes that each device sends in a step of `batch_size` own samples."""
+    num_pieces = math.ceil(batch_size / (micro_batch_size or batch_size))
+    transfers = weight_transfers(layout, model_numbers(model), num_pieces)
+    return sent_bytes([*transfers, *contrastive_transfers(layout.num_devices, batch_size, model.embedding_width)]) / 1e9

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H W pixels, T tokens, E embedding.
 """
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,14 +18,29 @@ from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What a validation has seen: row i of the embeddings (float64) is sample i with the caption of its tokens."""
+
+    images_BE: Tensor
+    texts_BE: Tensor
+    tokens_T: list[Tensor]
+    sample_ids: list[str]
+
+
 def validation_losses(
-    engine: Engine, batches: Callable[[int, int], Generator[Batch]], num_batches: int, loss: LossConfig
+    engine: Engine,
+    batches: Callable[[int, int], Generator[Batch]],
+    num_batches: int,
+    loss: LossConfig,
+    look: Callable[[HeldOut], None] | None = None,
 ) -> dict[str, float]:
     """Mean `val_loss`, `val_contrastive`, `val_caption`, and in percent `val_i2t_r1` … `val_mean_recall` (recall.py)
-    with `val_chance_…` beside each; every process computes all of it (stage 3 needs each)."""
+    with `val_chance_…` beside each; every process computes all of it (stage 3 needs each). `look` is shown what they
+    were computed from."""
     vision = engine.model.config.vision
     sums: dict[str, float] = {}
-    images, texts = [], []
+    images, texts, tokens, sample_ids = [], [], [], []
     engine.model.eval()
     try:
         with torch.no_grad():
@@ -37,12 +53,17 @@ def validation_losses(
                 _, parts = mammut_loss(output, tokens_BT, loss)
                 images.append(output.image_embeddings_BE.double().cpu())
                 texts.append(output.text_embeddings_BE.double().cpu())
+                tokens += batch.tokens_BT
+                sample_ids += batch.sample_ids
                 for name in ("loss", "contrastive", "caption"):
                     sums[name] = sums.get(name, 0.0) + float(parts[name])
     finally:
         engine.model.train()
+    seen = HeldOut(torch.cat(images), torch.cat(texts), tokens, sample_ids)
+    if look is not None:
+        look(seen)
     means = {name: value / num_batches for name, value in sums.items()}
-    return {f"val_{name}": value for name, value in (means | _recalls(torch.cat(images), torch.cat(texts))).items()}
+    return {f"val_{name}": value for name, value in (means | _recalls(seen.images_BE, seen.texts_BE)).items()}
 
 
 def _recalls(images_BE: Tensor, texts_BE: Tensor) -> dict[str, float]:

@@ -6,13 +6,12 @@ Started again after a crash it goes on from the newest checkpoint. Exporting the
 
 import contextlib
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Self, cast, get_args
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -20,28 +19,23 @@ import torch.distributed as dist
 from rsplatform import storage
 from rsplatform.cluster import TrainPlacement
 from rsplatform.dataset.store import SampleStore
-from rsplatform.model.mammut import Mammut, MammutConfig
+from rsplatform.model.mammut import Mammut
+from rsplatform.model.resolution import with_image_size
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.model.weights import TOKENIZER_FILE, load_model
+from rsplatform.model.weights import TOKENIZER_FILE, load_model, model_from_tensors
 from rsplatform.tracking import Run
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import NO_AUGMENTATION
 from rsplatform.train.blocks import BlockConfig, prepare_blocks
 from rsplatform.train.checkpoint import BackgroundWriter, CheckpointFolder, HostImage, KeepBest
 from rsplatform.train.curriculum import RecipeMismatchError
-from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.engine import MODEL, Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.hardest import write_hardest
 from rsplatform.train.loader import Loader, LoaderConfig, Share
-from rsplatform.train.pretrain import Hooks, Progress, TrainingDivergedError, fit
+from rsplatform.train.pretrain import EMA, Hooks, Progress, TrainingDivergedError, fit
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
 from rsplatform.train.recipe import PretrainConfig
-from rsplatform.train.traffic import (
-    Layout,
-    TrafficEngine,
-    contrastive_transfers,
-    model_numbers,
-    sent_bytes,
-    weight_transfers,
-)
+from rsplatform.train.traffic import layout_of, sent_gb_per_step
 from rsplatform.train.validate import validation_losses
 
 # Enough held-out samples for a steady loss, few enough to cost a small part of the training.
@@ -105,10 +99,15 @@ def run_worker(job: WorkerJob) -> Progress:
         loop = job.config.loop_config(job.placement)
         from_step = resume[1].step if resume else 0
         if share.rank == 0 and share.world_size > 1 and job.run is not None:
-            sent_gb = sent_gb_per_step(job, engine.model.config, share.world_size)
+            sent_gb = sent_gb_per_step(
+                layout_of(job.placement, share.world_size),
+                engine.model.config,
+                job.config.batch_size // share.world_size,
+                job.config.micro_batch_size,
+            )
             job.run.log_metrics({"train/sent_gb_per_step": sent_gb}, from_step)
         with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:
-            validate = _validation(job, engine, tokenizer, config)
+            validate = _validation(job, engine, tokenizer, config, share)
             hooks = Hooks(recorder.report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
             return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
 
@@ -123,15 +122,17 @@ def initial_model(config: PretrainConfig, root: str) -> Mammut:
     return Mammut(config.model.mammut_config())
 
 
-def sent_gb_per_step(job: WorkerJob, model: MammutConfig, world_size: int) -> float:
-    """What each worker sends over the network in a step, in 10^9 bytes, by the traffic model."""
-    placement, batch_size = job.placement, job.config.batch_size // world_size
-    engine = f"zero{placement.zero_stage}" if placement.engine == "deepspeed" else placement.engine
-    assert engine in get_args(TrafficEngine)
-    num_pieces = math.ceil(batch_size / (job.config.micro_batch_size or batch_size))
-    layout = Layout(cast(TrafficEngine, engine), world_size, placement.shard_size)
-    transfers = weight_transfers(layout, model_numbers(model), num_pieces)
-    return sent_bytes([*transfers, *contrastive_transfers(world_size, batch_size, model.embedding_width)]) / 1e9
+def model_of_checkpoint(config: PretrainConfig, root: str, tensors: Mapping[str, torch.Tensor], source: str) -> Mammut:
+    """The model that a checkpoint would be exported as, in eval mode; `source` is its place, for errors.
+
+    Its weights are their moving average if there is one. Its own image size is the last phase's: the size that the
+    finished model's weights were last trained at, so that numbers of one run's checkpoints compare.
+    """
+    prefix = EMA if config.ema_decay is not None else MODEL
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    architecture = initial_model(config, root).config
+    model = model_from_tensors(architecture, weights, source)
+    return with_image_size(model, config.curriculum.image_sizes(architecture)[-1])
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
@@ -255,7 +256,7 @@ def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
 
 
 def _validation(
-    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig
+    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig, share: Share
 ) -> Callable[[], dict[str, float]] | None:
     if job.config.validation_split is None:
         return None
@@ -271,7 +272,8 @@ def _validation(
         decode_threads=config.decode_threads,
     )
     loader = Loader(store, tokenizer, lambda step: order[step * batch_size : (step + 1) * batch_size], settings)
-    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss)
+    look = partial(write_hardest, job.folder, tokenizer) if share.rank == 0 else None
+    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss, look)
 
 
 @contextlib.contextmanager
