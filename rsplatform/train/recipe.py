@@ -87,8 +87,10 @@ class PretrainConfig(StageConfig):
     def _the_best_is_measured_and_saved(self) -> "PretrainConfig":
         if self.keep_best is None:
             return self
-        if self.ema_decay is not None:
-            raise ValueError("keep_best compares the weights as they are, ema_decay exports their average: choose one")
+        if self.ema_decay is not None and self.keep_best.export == "best":
+            raise ValueError(
+                "keep_best compares the weights as they are, ema_decay exports their average: choose one, or export: last"
+            )
         if len({phase.image_size for phase in self.phases}) > 1:
             raise ValueError("keep_best compares validations, which phases of several image sizes make unlike: choose")
         validate_every, checkpoint_every = self.validate_every_steps, self.checkpoint_every_steps

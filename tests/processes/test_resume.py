@@ -66,7 +66,7 @@ def make_recipe(engine: str, **changes) -> PretrainConfig:
         "report_every_steps": 1,
         "validate_every_steps": 4,
         "keep_checkpoints": 1,
-        "keep_best": {"metric": "val_contrastive"},
+        "keep_best": {"metric": "val_contrastive", "export": "last"},
     }
     return PretrainConfig(**tiny_recipe(**(recipe | changes)))
 
