@@ -89,7 +89,7 @@ class PretrainConfig(StageConfig):
             return self
         if self.ema_decay is not None and self.keep_best.export == "best":
             raise ValueError(
-                "keep_best compares the weights as they are, ema_decay exports their average: choose one, or export: last"
+                "keep_best compares the weights as they are, ema_decay exports their average: drop one, or export last"
             )
         if len({phase.image_size for phase in self.phases}) > 1:
             raise ValueError("keep_best compares validations, which phases of several image sizes make unlike: choose")

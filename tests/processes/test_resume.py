@@ -36,7 +36,7 @@ from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 NUM_STEPS, NUM_KILLS = 6, 20
 # What a run is seeded with, and which of the engine's kills it gets: DeepSpeed's are dealt to its stages.
 SHARES = {"plain": (0, 0, 1), "fsdp": (1, 0, 1)} | {f"zero{stage}": (2, stage, 4) for stage in range(4)}
-PACE = ("samples_per_s", "data_wait_fraction")
+PACE = ("samples_per_s", "samples_per_s_per_device", "data_wait_fraction")
 State = dict[str, torch.Tensor]
 
 
