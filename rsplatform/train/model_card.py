@@ -121,7 +121,7 @@ def _training(facts: CardFacts) -> str:
     lines = [f"No training is recorded in `{facts.ref}` itself."]
     if "samples_seen" in counts:
         lines = [f"{counts['samples_seen']:,} samples seen in {counts['steps']:,} steps."]
-        if counts["exported_step"] != counts["steps"]:
+        if counts.get("exported_step", counts["steps"]) != counts["steps"]:  # older manifests do not tell it
             lines = [f"{lines[0]} These weights are those of step {counts['exported_step']:,}, the best in validation."]
     metrics = {name: value for name, value in facts.manifest["metrics"].items() if name.startswith("final/")}
     if metrics:
