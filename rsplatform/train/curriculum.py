@@ -1,20 +1,23 @@
 """A training run as phases: which samples, how many steps, which learning rates. Pure arithmetic on the step.
 
-In: phases from a recipe and the samples' tables and weights. Out: for every step its learning rate and the sample
-indices of its global batch. Phases follow RECIPE.md "Curriculum" (web pairs, then landmarks, then a mix of both);
-their lengths, what they freeze and their resolutions are our defaults. Reads no pixels and keeps no state.
+In: phases from a recipe and the samples' tables and weights. Out: for every step its learning rate, its loss and the
+sample indices of its global batch. Phases follow RECIPE.md "Curriculum" (web pairs, then landmarks, then a mix of
+both); their lengths, what they freeze and their resolutions are our defaults. Reads no pixels and keeps no state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
 
 from rsplatform.dataset.sampler import GlobalSampler
+from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig
 from rsplatform.train.freezing import check_parts, covers_all
 from rsplatform.train.optimizer import Schedule
+
+LOSS_WEIGHTS = ("contrastive_weight", "caption_weight", "z_loss_weight")
 
 
 class RecipeMismatchError(ValueError):
@@ -28,6 +31,10 @@ class Phase:
 
     `freeze`: parts of the model (freezing.py) that the phase leaves bitwise as they are, with their moments.
     `image_size`: pixels of a side in this phase; None: the model's own. The last phase's is the finished model's.
+    `loss_weights`: the recipe's loss weights that are others in this phase, e.g. {caption_weight: 2.0}; held-out
+    losses are computed with the recipe's in every phase.
+    `continues`: the phase goes on with the one before it: warm-up, decay and draws run over both as over one phase, so
+    that cutting a phase in two changes nothing. What differs are its values (a population's winner is written so).
     """
 
     name: str
@@ -36,6 +43,8 @@ class Phase:
     mixture: Mapping[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     image_size: int | None = None
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -45,6 +54,12 @@ class Phase:
             raise ValueError(f"phase {self.name}: freeze names the whole model; leave a part out to train it")
         if any(share <= 0 for share in self.mixture.values()):
             raise ValueError(f"phase {self.name}: mixture shares must be above 0; leave a kind out to draw none")
+        unknown = set(self.loss_weights) - set(LOSS_WEIGHTS)
+        if unknown:
+            names = ", ".join(LOSS_WEIGHTS)
+            raise ValueError(f"phase {self.name}: loss_weights names {sorted(unknown)}; a phase may change {names}")
+        if any(weight < 0 for weight in self.loss_weights.values()):
+            raise ValueError(f"phase {self.name}: loss_weights must not be negative")
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,10 @@ class Curriculum:
 
     phases: Sequence[Phase]
 
+    def __post_init__(self) -> None:
+        if self.phases and self.phases[0].continues:
+            raise ValueError(f"phase {self.phases[0].name} continues, but it is the first: leave `continues` out")
+
     @property
     def num_steps(self) -> int:
         """Steps of all phases."""
@@ -60,8 +79,10 @@ class Curriculum:
 
     @property
     def phase_starts(self) -> tuple[int, ...]:
-        """The first step of each phase but the first."""
-        return tuple(accumulate(phase.steps for phase in self.phases[:-1]))
+        """The first step of each phase but the first that changes the data or the loss."""
+        starts = accumulate(phase.steps for phase in self.phases)
+        neighbours = zip(starts, self.phases, self.phases[1:], strict=False)
+        return tuple(start for start, before, phase in neighbours if not _goes_on_alike(before, phase))
 
     def locate(self, step: int) -> tuple[int, int]:
         """(phase, step within it) of a step of the run."""
@@ -76,8 +97,23 @@ class Curriculum:
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step."""
         index, phase_step = self.locate(step)
-        phase = self.phases[index]
-        return phase.schedule.at(phase_step, phase.steps)
+        before, num_steps = self._whole(index)
+        return self.phases[index].schedule.at(before + phase_step, num_steps)
+
+    def losses(self, loss: LossConfig) -> tuple[tuple[int, LossConfig], ...]:
+        """(first step, loss) of every phase, where any changes the recipe's `loss`; else none."""
+        if not any(phase.loss_weights for phase in self.phases):
+            return ()
+        starts = accumulate((phase.steps for phase in self.phases), initial=0)
+        return tuple((start, replace(loss, **p.loss_weights)) for start, p in zip(starts, self.phases, strict=False))
+
+    def _whole(self, index: int) -> tuple[int, int]:
+        """Steps before phase `index`, and in all, of the phases that run as one with it."""
+        first = max(i for i in range(index + 1) if i == 0 or not self.phases[i].continues)
+        later = range(index + 1, len(self.phases))
+        end = next((i for i in later if not self.phases[i].continues), len(self.phases))
+        before = sum(phase.steps for phase in self.phases[first:index])
+        return before, before + sum(phase.steps for phase in self.phases[index:end])
 
     def frozen_parts(self, step: int) -> tuple[str, ...]:
         """Parts of the model that a step leaves as they are."""
@@ -111,16 +147,26 @@ class Curriculum:
             RecipeMismatchError: a mixture names a kind that the dataset does not hold.
         """
         kinds = np.array([table.split("/")[0] for table in tables])
+        numbers = accumulate((int(not phase.continues) for phase in self.phases[1:]), initial=0)
         draws = [
-            _phase_draws(phase, kinds, weights, batch_size, seed * 1_009 + index)
-            for index, phase in enumerate(self.phases)
+            _phase_draws(phase, kinds, weights, batch_size, seed * 1_009 + number)
+            for number, phase in zip(numbers, self.phases, strict=True)
         ]
 
         def batch(step: int) -> np.ndarray:
             index, phase_step = self.locate(step)
-            return draws[index](phase_step)
+            return draws[index](self._whole(index)[0] + phase_step)
 
         return batch
+
+
+def _goes_on_alike(before: Phase, phase: Phase) -> bool:
+    same = (before.mixture, before.image_size, before.loss_weights) == (
+        phase.mixture,
+        phase.image_size,
+        phase.loss_weights,
+    )
+    return phase.continues and same
 
 
 def _phase_draws(

@@ -25,12 +25,12 @@ from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.hardest import hardest_figure
+from rsplatform.train.job import WorkerJob
 from rsplatform.train.pretrain import Progress, TrainingDivergedError
 from rsplatform.train.progress import shown_progress
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.train_tokenizer import learn, read_tokenizer
 from rsplatform.train.worker import (
-    WorkerJob,
     load_tokenizer,
     model_of_checkpoint,
     ray_train_worker,

@@ -35,8 +35,9 @@ class LoopConfig:
     """How long and how; `max_minutes` counts over restarts and stops at the next step.
 
     `micro_batch_size`: samples of one process in memory at once, None all; it changes no number but those of random
-    draws. `phase_starts`: steps at which the data change, where the guard forgets earlier losses. `peak_tflops` of
-    one device in the precision used, for `mfu`.
+    draws. `phase_starts`: steps at which the data change, where the guard forgets earlier losses. `phase_losses`:
+    (first step, loss) in their order, where a later loss replaces `loss`. `peak_tflops` of one device in the precision
+    used, for `mfu`.
     """
 
     num_steps: int
@@ -52,12 +53,13 @@ class LoopConfig:
     micro_batch_size: int | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
     phase_starts: tuple[int, ...] = ()
+    phase_losses: tuple[tuple[int, LossConfig], ...] = ()
     peak_tflops: float | None = None
 
-    @property
-    def step_config(self) -> StepConfig:
-        """What one step computes."""
-        return StepConfig(self.loss, self.precision, self.seed, self.micro_batch_size)
+    def step_config(self, step: int) -> StepConfig:
+        """What a step computes."""
+        loss = next((loss for start, loss in reversed(self.phase_losses) if start <= step), self.loss)
+        return StepConfig(loss, self.precision, self.seed, self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _take_step(engine: Engine, batch: Batch, progress: Progress, plan: Plan) -> 
     config, seen = plan.config, progress.guard
     if progress.step in config.phase_starts:
         seen = guard.in_new_phase(seen)
-    prepared = prepare_step(engine, batch, progress.step, config.step_config, plan.auxiliary_loss)
+    prepared = prepare_step(engine, batch, progress.step, config.step_config(progress.step), plan.auxiliary_loss)
     values, (stops, saves) = _agree(engine, prepared.parts, plan.votes)
     objection = guard.loss_objection(values["loss"], seen, config.guard)
     if not objection:

@@ -79,8 +79,9 @@ class PretrainConfig(StageConfig):
             raise ValueError("validate_every_steps needs a validation_split, e.g. val")
         if self.model and self.model.mammut_config().logit_bias != (self.loss.contrastive == "sigmoid"):
             raise ValueError("loss.contrastive: sigmoid and model.settings.logit_bias: true belong together; set both")
+        curriculum = self.curriculum  # refuses phases that do not follow one another
         if self.model is not None:
-            self.curriculum.image_sizes(self.model.mammut_config())
+            curriculum.image_sizes(self.model.mammut_config())
         return self
 
     @model_validator(mode="after")
@@ -112,6 +113,7 @@ class PretrainConfig(StageConfig):
             num_steps=self.curriculum.num_steps,
             seed=self.seed,
             loss=self.loss,
+            phase_losses=self.curriculum.losses(self.loss),
             precision=self.precision,
             ema_decay=self.ema_decay,
             max_minutes=self.max_minutes,

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Self
 
@@ -23,14 +23,14 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.model.resolution import with_image_size
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, load_model, model_from_tensors
-from rsplatform.tracking import Run
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import NO_AUGMENTATION
 from rsplatform.train.blocks import BlockConfig, prepare_blocks
-from rsplatform.train.checkpoint import BackgroundWriter, CheckpointFolder, HostImage, KeepBest
+from rsplatform.train.checkpoint import BackgroundWriter, HostImage, KeepBest
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import MODEL, Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.hardest import write_hardest
+from rsplatform.train.job import WorkerJob
 from rsplatform.train.loader import Loader, LoaderConfig, Share
 from rsplatform.train.pretrain import EMA, Hooks, Progress, TrainingDivergedError, fit
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
@@ -42,23 +42,6 @@ from rsplatform.train.validate import validation_losses
 VALIDATION_SAMPLES = 1024
 
 logger = logging.getLogger("rsplatform.train")
-
-
-@dataclass(frozen=True)
-class WorkerJob:
-    """One training run as its workers see it. `folder` is where tokenizer/, checkpoints/ and history.json lie."""
-
-    config: PretrainConfig
-    root: str
-    folder: str
-    placement: TrainPlacement
-    run: Run | None = None
-    on_report: Callable[[Mapping[str, float], int], None] | None = None
-
-    @property
-    def checkpoints(self) -> CheckpointFolder:
-        """The run's checkpoints."""
-        return CheckpointFolder(f"{self.folder}/checkpoints", self.config.keep_checkpoints)
 
 
 def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -95,8 +78,8 @@ def run_worker(job: WorkerJob) -> Progress:
         store = SampleStore(job.root, job.config.dataset, job.config.split)
         plan = job.config.curriculum.plan(store.tables, store.weights, job.config.batch_size, job.config.seed)
         loader = Loader(store, tokenizer, plan, config, share)
-        resume = job.checkpoints.latest()
-        loop = job.config.loop_config(job.placement)
+        resume = job.resume()
+        loop = replace(job.config.loop_config(job.placement), num_steps=job.num_steps)
         from_step = resume[1].step if resume else 0
         if share.rank == 0 and share.world_size > 1 and job.run is not None:
             sent_gb = sent_gb_per_step(
@@ -187,7 +170,7 @@ class Recorder:
             self.job.on_report(metrics, step)
         if self.job.placement.launcher == "ray":  # its driver shows the progress
             return
-        num_steps = self.job.config.curriculum.num_steps
+        num_steps = self.job.num_steps
         if "loss" in metrics and (step == num_steps or time.monotonic() - self._last_line > LINE_EVERY_SECONDS):
             self._last_line = time.monotonic()
             line = describe({f"train/{name}": value for name, value in metrics.items()})

@@ -28,10 +28,10 @@ from rsplatform.train import worker
 from rsplatform.train.batch import Batch
 from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.engine import Engine
+from rsplatform.train.job import WorkerJob
 from rsplatform.train.launch import pretrain
 from rsplatform.train.pretrain import Hooks, Progress, Resume, fit
 from rsplatform.train.recipe import PretrainConfig
-from rsplatform.train.worker import WorkerJob
 
 IN_A_STEP = ("start", "backward", "step", "report", "state", "save", "clock")
 # By the first process only: halves and wholes of temporary files before their rename, and what lies between them.

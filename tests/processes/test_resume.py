@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from rsplatform import artifacts, storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, TrainPlacement
+from rsplatform.train.job import WorkerJob
 from rsplatform.train.launch import prepare_tokenizer, pretrain
 from rsplatform.train.recipe import PretrainConfig
-from rsplatform.train.worker import WorkerJob, read_history
+from rsplatform.train.worker import read_history
 from tests.processes.killed_training import (
     IN_A_SAVE,
     IN_A_STEP,

@@ -10,9 +10,10 @@ import torch
 from rsplatform import storage
 from rsplatform.cluster import TrainPlacement
 from rsplatform.train.checkpoint import BackgroundWriter, HostImage, KeepBest
+from rsplatform.train.job import WorkerJob
 from rsplatform.train.pretrain import Progress
 from rsplatform.train.recipe import PretrainConfig
-from rsplatform.train.worker import Recorder, WorkerJob
+from rsplatform.train.worker import Recorder
 from tests.unit.train.tiny_dataset import tiny_recipe
 
 LOCAL = TrainPlacement(launcher="local")
