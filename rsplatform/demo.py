@@ -30,7 +30,8 @@ from rsplatform.serve.deployment import ServeConfig, serving
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.storage import read_bytes, read_json, write_bytes, write_json
 from rsplatform.train.launch import PretrainConfig, pretrain
-from rsplatform.train.sweep import TuneConfig, tune
+from rsplatform.train.sweep import tune
+from rsplatform.train.sweep_recipe import TuneConfig
 from rsplatform.world.build import MakeWorldConfig, make_world_artifact
 
 CHAIN, SUMMARY = "chain.json", "summary.txt"

@@ -8,7 +8,7 @@ from typing import Any
 
 from rsplatform.artifacts import Artifact
 from rsplatform.storage import read_json
-from rsplatform.train.sweep import TRIAL
+from rsplatform.train.trials import TRIAL
 
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -1,4 +1,5 @@
-"""Ray Tune: four trials as child runs, a best recipe that pretrain accepts, a resumed sweep that repeats nothing."""
+"""Ray Tune: four trials as child runs, a best recipe that pretrain accepts, a resumed sweep that repeats nothing; and
+a population, generation by generation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,11 @@ from rsplatform.cluster import Cluster
 from rsplatform.config import load_config
 from rsplatform.runtime import ray_runtime
 from rsplatform.train.curriculum import RecipeMismatchError
+from rsplatform.train.population import member_recipe
 from rsplatform.train.recipe import PretrainConfig
-from rsplatform.train.sweep import BEST_RECIPE, RESULT, TuneConfig, tune
+from rsplatform.train.sweep import BEST_RECIPE, tune
+from rsplatform.train.sweep_recipe import TuneConfig
+from rsplatform.train.trials import RESULT
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 pytestmark = pytest.mark.ray
@@ -38,7 +42,7 @@ def sweep_config(**changes) -> TuneConfig:
             "loss.caption_weight": {"choices": [0.5, 1.0, 2.0]},
         },
         "num_trials": 4,
-        "grace_steps": 2,
+        "scheduler": {"type": "asha", "grace_steps": 2},
     }
     return TuneConfig.model_validate(document | changes)
 
@@ -69,7 +73,24 @@ def test_a_sweep_finds_a_recipe_and_resumes(cluster: Cluster, monkeypatch: pytes
     winner = min(complete, key=lambda index: results[index]["val_contrastive"])
     assert best == config.trials()[winner][1]
     assert yaml.safe_load((Path(artifact.uri) / BEST_RECIPE).read_text())["loss"]["caption_weight"] in (0.5, 1.0, 2.0)
-    assert_children(cluster, artifact.manifest()["mlflow_run_id"])
+    assert_children(cluster, artifact.manifest()["mlflow_run_id"], ["0", "1", "2", "3"])
+
+
+def test_a_population_leaves_the_recipe_of_what_its_best_trial_went_through(cluster: Cluster) -> None:
+    scheduler = {"type": "population", "interval_steps": 4, "replaced_fraction": 0.5}
+    config = sweep_config(
+        output="sweep/population/v1", num_trials=2, objective="val_mean_recall", scheduler=scheduler, seed=1
+    )
+    artifact = tune(config, cluster)
+    results = [storage.read_json(artifact.path(f"trials/{index}/{RESULT}")) for index in range(2)]
+    assert [result["step"] for result in results] == [8, 8] and not any(r["stopped_early"] for r in results)
+    assert [len(result["values"]) for result in results] == [2, 2]
+    best = int(artifact.manifest()["metrics"]["best/trial"])
+    assert results[best]["val_mean_recall"] == max(result["val_mean_recall"] for result in results)
+    recipe = load_config(PretrainConfig, Path(artifact.uri) / BEST_RECIPE)
+    assert recipe == member_recipe(config.recipe, results[best]["values"], 4)
+    assert artifact.manifest()["counts"] == {"trials": 2, "complete": 2, "stopped_early": 0}
+    assert_children(cluster, artifact.manifest()["mlflow_run_id"], ["0", "1"])
 
 
 def test_a_failing_trial_fails_the_sweep_in_one_sentence_and_leaves_no_run_open(cluster: Cluster) -> None:
@@ -97,12 +118,12 @@ def _break(*_) -> None:
     raise OSError("unplugged")
 
 
-def assert_children(cluster: Cluster, parent: str) -> None:
+def assert_children(cluster: Cluster, parent: str, trials: list[str]) -> None:
     client = tracking._client(tracking.tracking_uri(cluster.root))
     experiment = client.get_run(parent).info.experiment_id
     assert "best.yaml" in {item.path for item in client.list_artifacts(parent)}
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert sorted(run.data.tags["trial"] for run in children) == ["0", "1", "2", "3"]
+    assert sorted(run.data.tags["trial"] for run in children) == trials
     assert all("loss.caption_weight" in run.data.params for run in children)
     assert all("train/val_contrastive" in run.data.metrics for run in children)
 
@@ -112,7 +133,7 @@ def assert_children(cluster: Cluster, parent: str) -> None:
     [
         ({"phases.0.schedule.learning_rat": {"choices": [1]}}, "learning_rate"),
         ({"loss.caption_weight": {"choices": [-1]}}, "negative"),
-        ({"batch_size": {"choices": [8], "log_uniform": [1, 2]}}, "either choices"),
+        ({"batch_size": {"choices": [8], "log_uniform": [1, 2]}}, "give one of choices"),
     ],
 )
 def test_a_bad_search_is_refused_at_load(search: dict, words: str) -> None:
