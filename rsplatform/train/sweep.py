@@ -89,12 +89,12 @@ def _search_asha(
         with ray_runtime(cluster):
             outcomes = _run_trials(config, cluster, stage, jobs, _trial, halving)
         for job, outcome in zip(jobs, outcomes, strict=True):
-            if TrainingDivergedError.__name__ in repr(outcome.error):  # Ray hands it over wrapped in its own type
+            if outcome.error is None:
+                _record_stopped(job, outcome.metrics or {}, config.objective)
+            elif _has_diverged(outcome):
                 result = {"step": 0, "stopped_early": True, "diverged": True}
                 storage.write_json(f"{job.folder}/{RESULT}", result)
         _raise_failures(outcomes)
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            _record_stopped(job, outcome.metrics or {}, config.objective)
     return recipes
 
 
@@ -143,10 +143,16 @@ def _run_trials(
     return [by_index[index] for index in range(len(jobs))]
 
 
+def _has_diverged(outcome: ray_tune.Result) -> bool:
+    """Ray hands the error over wrapped in its own type."""
+    return TrainingDivergedError.__name__ in repr(outcome.error)
+
+
 def _raise_failures(outcomes: Sequence[ray_tune.Result]) -> None:
-    for index, outcome in enumerate(outcomes):
-        if outcome.error is not None and TrainingDivergedError.__name__ not in repr(outcome.error):
-            LOGGER.error("job %d of this part of the sweep failed", index)
+    """The first error that is not a trial's own divergence."""
+    for outcome in outcomes:
+        if outcome.error is not None and not _has_diverged(outcome):
+            LOGGER.error("a trial failed in %s", outcome.path)
             raise outcome.error
 
 
