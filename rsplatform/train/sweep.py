@@ -118,7 +118,11 @@ def _run_trials(
     trainable: Callable[..., None],
     scheduler: TrialScheduler,
 ) -> list[ray_tune.Result]:
-    """What became of each job."""
+    """What became of each job.
+
+    Raises:
+        SweepError: Tune was interrupted before every job had begun.
+    """
     resources = {"cpu": cluster.tune.cpus_per_trial, "gpu": cluster.tune.gpus_per_trial}
     system, path = storage.filesystem(stage.artifact.path("work/ray_tune"))
     system.create_dir(path)
@@ -139,7 +143,11 @@ def _run_trials(
         outcomes = tuner.fit()
     finally:
         system.delete_dir(path)
-    by_index = {(outcomes[place].config or {})["index"]: outcomes[place] for place in range(len(outcomes))}
+    by_index = {}
+    for outcome in (outcomes[place] for place in range(len(outcomes))):
+        if not outcome.config:  # Tune takes a Ctrl-C for itself and returns trials that never ran
+            raise outcome.error or SweepError(f"{config.output}: interrupted; run the same command to go on")
+        by_index[outcome.config["index"]] = outcome
     return [by_index[index] for index in range(len(jobs))]
 
 
