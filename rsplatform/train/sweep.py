@@ -155,6 +155,7 @@ def _job(config: TuneConfig, cluster: Cluster, stage: Stage, index: int) -> Work
     own = {"launcher": "local", "engine": "plain", "num_workers": 1}
     resources = {"cpus_per_worker": cluster.tune.cpus_per_trial, "gpus_per_worker": cluster.tune.gpus_per_trial}
     placement = cluster.train.model_copy(update=own | resources)
+    recipe.chosen_micro_batch_size(recipe.architecture(cluster.root), placement, num_workers=1)  # or refuse it now
     return WorkerJob(recipe, cluster.root, folder, placement, run)
 
 
