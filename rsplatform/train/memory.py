@@ -138,6 +138,7 @@ def _vision_rest(shape: SampleShape) -> float:
         is_cast = shape.precision == "bfloat16"
         norm = FLOAT32_BYTES * 2 + is_cast * FLOAT32_BYTES * vision.width
         total += num_tokens * (norm + size * (2 + is_cast) * vision.width + FLOAT32_BYTES * vision.num_heads)
+        total += size * 2 * (vision.width + vision.mlp_width)
     return total
 
 
@@ -168,7 +169,7 @@ def needed_bytes(worker: WorkerStep, micro_batch_size: int) -> float:
     """The most that a worker holds at once when `micro_batch_size` of its samples are in memory at a time."""
     is_split = micro_batch_size < worker.batch_size
     kept = kept_bytes_per_sample(worker.shape) * micro_batch_size + _vocabulary_bytes(worker.shape)
-    contrastive = _contrastive_bytes(worker)
+    contrastive = contrastive_bytes(worker)
     if is_split:  # the loss is made before anything is kept, from the embeddings of all samples
         rows = 2 * worker.batch_size * worker.numbers.embedding_width * FLOAT32_BYTES
         step = 2 * rows + max(kept + _workspace_bytes(worker.shape, micro_batch_size), contrastive)
@@ -201,7 +202,7 @@ def _vocabulary_bytes(shape: SampleShape) -> float:
     return shape.model.text.vocab_size * shape.model.text.width * FLOAT32_BYTES
 
 
-def _contrastive_bytes(worker: WorkerStep) -> float:
+def contrastive_bytes(worker: WorkerStep) -> float:
     """The loss over B x G pairs, with the features of all workers (G, E) and their gradients."""
     global_batch = worker.batch_size * worker.layout.num_devices
     features = 4 * global_batch * worker.numbers.embedding_width * FLOAT32_BYTES
@@ -220,6 +221,8 @@ def held_bytes(worker: WorkerStep, *, is_split: bool) -> float:
     total += whole * worker.keeps_average
     if layout.engine in ("zero1", "zero2", "zero3"):
         total += whole / layout.devices_per_copy + DEEPSPEED_BUCKET_NUMBERS * FLOAT32_BYTES
+    if is_split:  # of what runs in both passes, the first pass's gradients wait beside those of earlier pieces
+        total += FLOAT32_BYTES * numbers.text_blocks
     if layout.engine in ("zero2", "zero3", "fsdp") and is_split:
         total += whole * (1 - 1 / layout.devices_per_copy)
     if layout.engine == "fsdp":
