@@ -175,7 +175,7 @@ def needed_bytes(worker: WorkerStep, micro_batch_size: int) -> float:
         step = 2 * rows + max(kept + _workspace_bytes(worker.shape, micro_batch_size), contrastive)
     else:
         step = kept + max(_workspace_bytes(worker.shape, micro_batch_size), contrastive)
-    return held_bytes(worker, is_split=is_split) + max(step, _between_steps_bytes(worker))
+    return held_bytes(worker, is_split=is_split) + max(step, _between_steps_bytes(worker, is_split=is_split))
 
 
 def _workspace_bytes(shape: SampleShape, num_samples: int) -> float:
@@ -231,9 +231,11 @@ def held_bytes(worker: WorkerStep, *, is_split: bool) -> float:
     return total
 
 
-def _between_steps_bytes(worker: WorkerStep) -> float:
-    """Where no sample is in memory: DeepSpeed collects weights and moments whole for a checkpoint; plain workers
-    average gradients in buckets."""
-    if worker.layout.engine in ("zero1", "zero2", "zero3"):
-        return 3 * worker.numbers.total * FLOAT32_BYTES
-    return 2 * BUCKET_NUMBERS * FLOAT32_BYTES if worker.layout.num_devices > 1 else 0.0
+def _between_steps_bytes(worker: WorkerStep, *, is_split: bool) -> float:
+    """Beside `held_bytes`, where no sample is in memory: DeepSpeed collects weights and moments whole for a checkpoint,
+    in place of gradients and bfloat16 weights; plain workers average gradients in buckets."""
+    layout, whole = worker.layout, worker.numbers.total * FLOAT32_BYTES
+    if layout.engine in ("zero1", "zero2", "zero3"):
+        gradients = whole if is_split or layout.engine == "zero1" else whole / layout.devices_per_copy
+        return 3 * whole - gradients - (whole / 2 if worker.shape.precision == "bfloat16" else 0)
+    return 2 * BUCKET_NUMBERS * FLOAT32_BYTES if layout.num_devices > 1 else 0.0
