@@ -5,12 +5,33 @@ lives under `metadata.rsplatform`. Nothing here may change a result: sizes of re
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from rsplatform.config import Config, ConfigError, apply_override, read_yaml, validate
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card by its data sheet: memory in 10^9 bytes, and bfloat16 matrix products without sparsity."""
+
+    memory_gb: float
+    bfloat16_tflops: float
+
+
+GPUS = {
+    "A10G": Gpu(24, 70),
+    "L4": Gpu(24, 121),
+    "L40S": Gpu(48, 362),
+    "A100-40GB": Gpu(40, 312),
+    "A100-80GB": Gpu(80, 312),
+    "H100": Gpu(80, 989),
+    "H200": Gpu(141, 989),
+    "B200": Gpu(180, 2250),
+}
 
 
 class DataPlacement(Config):
@@ -40,7 +61,39 @@ class TrainPlacement(Config):
     checkpoint_every_minutes: float = Field(default=10, gt=0)
     recompute_every_blocks: int | None = Field(default=None, ge=1)  # recompute every nth block; 1: all, None: none
     compile_blocks: bool = False  # torch.compile of each block
-    peak_tflops: float | None = Field(default=None, gt=0)  # of one device in the recipe's precision, for `mfu`
+    # The card, by a name of GPUS: its memory gives the default of micro_batch_size, its peak `mfu`; numbers go first
+    gpu: str | None = None
+    gpu_memory_gb: float | None = Field(default=None, gt=0)  # 10^9 bytes
+    peak_tflops: float | None = Field(default=None, gt=0)  # of one device in the recipe's precision
+
+    @field_validator("gpu")
+    @classmethod
+    def _card_is_known(cls, gpu: str | None) -> str | None:
+        if gpu is not None and gpu not in GPUS:
+            raise ValueError(
+                f"unknown card; known are {', '.join(GPUS)}. For another one leave gpu out and give gpu_memory_gb "
+                "and peak_tflops"
+            )
+        return gpu
+
+    @property
+    def world_size(self) -> int:
+        """Workers that train together; the local launcher starts one."""
+        return 1 if self.launcher == "local" else self.num_workers
+
+    @property
+    def worker_memory_gb(self) -> float | None:
+        """What one worker has of its card; None on a CPU and where no card is named."""
+        card_gb = self.gpu_memory_gb or (GPUS[self.gpu].memory_gb if self.gpu else None)
+        if card_gb is None or self.gpus_per_worker == 0:
+            return None
+        return card_gb * min(1.0, self.gpus_per_worker)
+
+    def peak_tflops_in(self, precision: Literal["float32", "bfloat16"]) -> float | None:
+        """The peak that `mfu` is a part of: the number given, else the card's in bfloat16; of float32 none is known."""
+        if self.peak_tflops is not None or self.gpu is None or self.gpus_per_worker == 0:
+            return self.peak_tflops
+        return GPUS[self.gpu].bfloat16_tflops if precision == "bfloat16" else None
 
 
 class TunePlacement(Config):

@@ -6,12 +6,19 @@ A finished artifact of the same recipe is a no-op; an unfinished one is resumed;
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from rsplatform import artifacts, storage, tracking
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, StageConfig, iter_inputs, nested_jobs
+
+
+@runtime_checkable
+class Planning(Protocol):
+    """A recipe with more to say in a plan than its inputs and its output."""
+
+    def plan_lines(self, cluster: Cluster) -> list[str]: ...
 
 
 @dataclass
@@ -116,6 +123,8 @@ def plan(config: StageConfig, cluster: Cluster) -> list[str]:
         if not storage.exists(place):
             raise ConfigError(f"{path}: {place} does not exist; fix the recipe or metadata.rsplatform.data_root")
         lines.append(f"input  {path} = {place}")
+    if isinstance(config, Planning):
+        lines += config.plan_lines(cluster)
     artifact = Artifact(cluster.root, config.output)
     state = "finished: nothing to do" if artifact.is_finished else "to be made"
     if not artifact.is_finished and storage.exists(artifact.uri):

@@ -43,7 +43,8 @@ def tracking_uri(root: str) -> str:
     return f"sqlite:///{root}/mlflow.db"
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
+    """Whether several machines may write to it; else it is a database on a disk."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -53,7 +54,7 @@ def check_reachable(uri: str) -> None:
     Raises:
         TrackingError: the server at `uri` does not answer its health check.
     """
-    if not _is_server(uri):
+    if not is_server(uri):
         return
     try:
         httpx.get(f"{uri.rstrip('/')}/health", timeout=5, trust_env=False).raise_for_status()
@@ -84,7 +85,7 @@ def _answered(uri: str) -> Iterator[Any]:
     except RestException:
         raise
     except MlflowException as error:
-        if not _is_server(uri):  # a database on our own disk is not away: it is broken
+        if not is_server(uri):  # a database on our own disk is not away: it is broken
             raise
         reason = str(error).rpartition(": ")[2].strip("\"')")  # requests tell their whole nesting, the cause last
         raise TrackingError(f"MLflow at {uri} does not answer ({reason})") from error
@@ -111,10 +112,14 @@ class Run:
     run_id: str
     outbox: Outbox = field(default_factory=Outbox, compare=False, repr=False)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Write scalars at `step`, after those that still wait."""
+    def queue_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Have scalars at `step` sent with the next ones that are written."""
         now = int(time.time() * 1000)
         self.outbox.rows.extend((_metric_name(key), float(value), now, step) for key, value in metrics.items())
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Write scalars at `step`, after those that still wait."""
+        self.queue_metrics(metrics, step)
         if time.monotonic() >= self.outbox.retry_at_s:
             self._deliver()
 

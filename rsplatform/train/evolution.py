@@ -83,10 +83,13 @@ def evolve(evolution: Evolution, train: Callable[[list[WorkerJob]], None]) -> li
     `train` is given the jobs of one generation that have no result yet, and leaves it (`train_generation`).
 
     Raises:
+        RecipeMismatchError: the card that the placement names cannot hold one sample.
         SweepError: all members of a generation diverged.
     """
     config, population, trials = evolution.config, evolution.population, evolution.trials
     last = population.num_generations(config.recipe) - 1
+    placement = trial_placement(evolution.cluster)
+    config.recipe.chosen_micro_batch_size(config.recipe.architecture(evolution.cluster.root), placement, num_workers=1)
     prepare_tokenizer(config.recipe, evolution.cluster, evolution.folder)
     members = [Member((values,), (index,)) for index, (values, _) in enumerate(config.trials())]
     for generation in range(last + 1):

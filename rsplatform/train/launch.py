@@ -15,11 +15,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from rsplatform import storage
-from rsplatform.artifacts import Artifact, open_artifact
+from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import MammutConfig
-from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, save_model
+from rsplatform.model.weights import TOKENIZER_FILE, save_model
 from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
@@ -56,16 +56,21 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
 
 
 def _check_start(config: PretrainConfig, cluster: Cluster) -> None:
-    """What the recipe asks of the model that it starts from, before anything is begun for it.
+    """What the recipe asks of the model that it starts from and of the card, before anything is begun for it.
 
     Raises:
         ArtifactError: the model is missing or unfinished.
-        RecipeMismatchError: the loss needs another model, or a phase's image size does not fit its patches.
+        RecipeMismatchError: the loss needs another model, a phase's image size does not fit its patches, or not even
+            one sample fits the card.
     """
-    if config.start_from is None:
-        return
-    folder = open_artifact(cluster.root, config.start_from).path("model")
-    model = MammutConfig.from_dict(storage.read_json(f"{folder}/{CONFIG_FILE}"))
+    model = config.architecture(cluster.root)
+    if config.start_from is not None:
+        _check_start_from(config, model)
+    for line in config.plan_lines(cluster):
+        logger.info(line)
+
+
+def _check_start_from(config: PretrainConfig, model: MammutConfig) -> None:
     if model.logit_bias != (config.loss.contrastive == "sigmoid"):
         has = "has a logit bias" if model.logit_bias else "has no logit bias"
         raise RecipeMismatchError(

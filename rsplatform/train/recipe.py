@@ -1,24 +1,31 @@
 """The recipe of a pretraining run: composes the frozen configs of model, loss, optimizer and loop, checked at load.
 
-In: a YAML's values. Out: `PretrainConfig`, and the model, loader and loop settings that follow from it.
+In: a YAML's values. Out: `PretrainConfig`, and the model, loader and loop settings that follow from it, some of them
+together with the placement: how many samples its card takes at a time.
 """
 
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rsplatform.cluster import TrainPlacement
+from rsplatform import storage
+from rsplatform.artifacts import Artifact, open_artifact
+from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.config import Config, InputArtifact, InputPath, StageConfig
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig, mammut_config
 from rsplatform.model.sizes import ModelSize
+from rsplatform.model.weights import CONFIG_FILE
 from rsplatform.train.augment import Augmentation
 from rsplatform.train.checkpoint import KeepBest
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.guard import GuardConfig
 from rsplatform.train.loader import LoaderConfig
+from rsplatform.train.memory import SampleShape, WorkerStep, needed_bytes
+from rsplatform.train.micro_batch import fitting_micro_batch_size
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import LoopConfig
+from rsplatform.train.traffic import layout_of, model_numbers
 
 
 class ModelRecipe(Config):
@@ -107,7 +114,68 @@ class PretrainConfig(StageConfig):
         """The phases in order."""
         return Curriculum(tuple(self.phases))
 
-    def loop_config(self, placement: TrainPlacement) -> LoopConfig:
+    def architecture(self, root: str) -> MammutConfig:
+        """The whole model's config, the recipe's own or that of `start_from`.
+
+        Raises:
+            ArtifactError: the model that `start_from` names is missing or unfinished.
+        """
+        if self.model is not None:
+            return self.model.mammut_config()
+        assert self.start_from is not None, "the recipe's validator demands one of model and start_from"
+        folder = open_artifact(root, self.start_from).path("model")
+        return MammutConfig.from_dict(storage.read_json(f"{folder}/{CONFIG_FILE}"))
+
+    def worker_step(self, model: MammutConfig, placement: TrainPlacement, num_workers: int) -> WorkerStep:
+        """One worker's part of a step at its largest: the largest pictures, texts of the whole context."""
+        shape = SampleShape(
+            model,
+            max(self.curriculum.image_sizes(model)),
+            model.text.context_length,
+            self.precision,
+            placement.recompute_every_blocks,
+        )
+        return WorkerStep(
+            shape,
+            layout_of(placement, num_workers),
+            model_numbers(model),
+            max(1, self.batch_size // num_workers),
+            self.loss.contrastive,
+            self.ema_decay is not None,
+        )
+
+    def chosen_micro_batch_size(self, model: MammutConfig, placement: TrainPlacement, num_workers: int) -> int | None:
+        """The recipe's own, else what the placement's card takes; None, the whole batch, where no card is named.
+
+        Raises:
+            RecipeMismatchError: not even one sample fits the card.
+        """
+        memory_gb = placement.worker_memory_gb
+        if self.micro_batch_size is not None or memory_gb is None:
+            return self.micro_batch_size
+        return fitting_micro_batch_size(self.worker_step(model, placement, num_workers), memory_gb)
+
+    def plan_lines(self, cluster: Cluster) -> list[str]:
+        """What `--dry-run` says of the card; nothing where none is named or the model to start from is not there yet.
+
+        Raises:
+            RecipeMismatchError: not even one sample fits the card.
+        """
+        placement = cluster.train
+        if placement.worker_memory_gb is None:
+            return []
+        if self.start_from is not None and not Artifact(cluster.root, self.start_from).is_finished:
+            return [f"memory unknown until {self.start_from} is finished"]
+        model = self.architecture(cluster.root)
+        worker = self.worker_step(model, placement, placement.world_size)
+        size = self.chosen_micro_batch_size(model, placement, placement.world_size) or worker.batch_size
+        origin = "the recipe's" if self.micro_batch_size is not None else "by arithmetic"
+        return [
+            f"memory micro_batch_size {min(size, worker.batch_size)} of {worker.batch_size} per worker ({origin}): "
+            f"{needed_bytes(worker, min(size, worker.batch_size)) / 1e9:.1f} of {placement.worker_memory_gb:g} GB"
+        ]
+
+    def loop_config(self, placement: TrainPlacement, micro_batch_size: int | None) -> LoopConfig:
         """Settings of the loop; how often a checkpoint is due by the clock is a matter of the place."""
         return LoopConfig(
             num_steps=self.curriculum.num_steps,
@@ -121,10 +189,10 @@ class PretrainConfig(StageConfig):
             checkpoint_every_steps=self.checkpoint_every_steps,
             checkpoint_every_minutes=placement.checkpoint_every_minutes,
             validate_every_steps=self.validate_every_steps,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             guard=self.guard,
             phase_starts=self.curriculum.phase_starts,
-            peak_tflops=placement.peak_tflops,
+            peak_tflops=placement.peak_tflops_in(self.precision),
         )
 
     def loader_config(self, model: MammutConfig, decode_threads: int) -> LoaderConfig:

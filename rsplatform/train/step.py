@@ -64,7 +64,8 @@ def prepare_step(
     else:
         prepared = _prepare_whole(engine, batch, step, config, auxiliary_loss)
     lengths_B = (batch.tokens_BT != PAD_ID).sum(1)
-    return prepared._replace(parts=prepared.parts | {"tokens_per_text": lengths_B.double().mean().to(engine.device)})
+    lengths = {"tokens_per_text": lengths_B.double().mean(), "longest_text_tokens": lengths_B.double().max()}
+    return prepared._replace(parts=prepared.parts | {name: value.to(engine.device) for name, value in lengths.items()})
 
 
 def forward_backward(engine: Engine, batch: Batch, step: int, config: StepConfig) -> dict[str, Tensor]:
@@ -116,7 +117,7 @@ def _prepare_whole(
 def _prepare_micro_batches(engine: Engine, batch: Batch, step: int, config: StepConfig, size: int) -> PreparedStep:
     starts = range(0, len(batch.tokens_BT), size)
     pieces = [batch.rows(start, start + size) for start in starts]
-    whole = _outputs_without_graph(engine, pieces, step, config)
+    whole = outputs_without_graph(engine, pieces, step, config)
     loss, parts = mammut_loss(whole, batch.tokens_BT.to(engine.device), config.loss, engine.gather)
     names = [name for name in (*_ROWS, *_SHARED, _SUMMED) if getattr(whole, name) is not None]
     leaves = [getattr(whole, name) for name in names]
@@ -140,7 +141,7 @@ def _prepare_micro_batches(engine: Engine, batch: Batch, step: int, config: Step
 
 
 @torch.no_grad()
-def _outputs_without_graph(engine: Engine, pieces: list[Batch], step: int, config: StepConfig) -> MammutOutput:
+def outputs_without_graph(engine: Engine, pieces: list[Batch], step: int, config: StepConfig) -> MammutOutput:
     """The outputs of the whole batch as leaves to differentiate by; hidden states are not kept."""
     outputs = []
     for index, piece in enumerate(pieces):

@@ -77,6 +77,8 @@ def _search_asha(
     jobs = []
     for trial, recipe in zip(trials, recipes, strict=True):
         if not trial.is_done:
+            # a trial that cannot fit its card is refused before any begins
+            recipe.chosen_micro_batch_size(recipe.architecture(cluster.root), placement, num_workers=1)
             prepare_tokenizer(recipe, cluster, trial.folder)
             jobs.append(WorkerJob(recipe, cluster.root, trial.folder, placement, trial.run))
     if jobs:

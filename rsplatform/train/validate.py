@@ -2,7 +2,7 @@
 
 In: an engine and a loader over the held-out split. Out: mean losses, recall among all of them and its chance. The same
 samples, captions and batches each time. One caption a picture: pinned benchmarks belong to the evaluation stage.
-Shapes: B batch, C channels, H W pixels, T tokens, E embedding.
+Shapes: B batch, T tokens, E embedding.
 """
 
 from collections.abc import Callable, Generator
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rsplatform.model.losses import LossConfig, mammut_loss
-from rsplatform.model.normalise import normalise
 from rsplatform.model.recall import chance_recall, recall_at_k
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine
+from rsplatform.train.step import StepConfig, outputs_without_graph
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,23 @@ def validation_losses(
     num_batches: int,
     loss: LossConfig,
     look: Callable[[HeldOut], None] | None = None,
+    micro_batch_size: int | None = None,
 ) -> dict[str, float]:
     """Mean `val_loss`, `val_contrastive`, `val_caption`, and in percent `val_i2t_r1` … `val_mean_recall` (recall.py)
     with `val_chance_…` beside each; every process computes all of it (stage 3 needs each). `look` is shown what they
-    were computed from."""
-    vision = engine.model.config.vision
+    were computed from. `micro_batch_size` samples are in memory at once, None: a batch; in float32."""
     sums: dict[str, float] = {}
     images, texts, tokens, sample_ids = [], [], [], []
     engine.model.eval()
     try:
         with torch.no_grad():
             for batch in batches(0, num_batches):
-                tokens_BT = batch.tokens_BT.to(engine.device)
-                images_BHWC = batch.images_BHWC.to(engine.device)
-                images_BCHW = normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)
-                distance_m_B = batch.distances_on(engine.device)
-                output = engine.forward(images_BCHW, tokens_BT, distance_m_B, loss.z_loss_weight)
-                _, parts = mammut_loss(output, tokens_BT, loss)
-                images.append(output.image_embeddings_BE.double().cpu())
-                texts.append(output.text_embeddings_BE.double().cpu())
+                size = micro_batch_size or len(batch.tokens_BT)
+                pieces = [batch.rows(start, start + size) for start in range(0, len(batch.tokens_BT), size)]
+                output = outputs_without_graph(engine, pieces, 0, StepConfig(loss))
+                _, parts = mammut_loss(output, batch.tokens_BT.to(engine.device), loss)
+                images.append(output.image_embeddings_BE.detach().double().cpu())
+                texts.append(output.text_embeddings_BE.detach().double().cpu())
                 tokens += batch.tokens_BT
                 sample_ids += batch.sample_ids
                 for name in ("loss", "contrastive", "caption"):

@@ -32,6 +32,7 @@ from rsplatform.train.engine import MODEL, Engine, PlainEngine, gather_of_defaul
 from rsplatform.train.hardest import write_hardest
 from rsplatform.train.job import WorkerJob
 from rsplatform.train.loader import Loader, LoaderConfig, Share
+from rsplatform.train.node_meter import reporting_node
 from rsplatform.train.pretrain import EMA, Hooks, Progress, TrainingDivergedError, fit
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
 from rsplatform.train.recipe import PretrainConfig
@@ -79,20 +80,27 @@ def run_worker(job: WorkerJob) -> Progress:
         plan = job.config.curriculum.plan(store.tables, store.weights, job.config.batch_size, job.config.seed)
         loader = Loader(store, tokenizer, plan, config, share)
         resume = job.resume()
-        loop = replace(job.config.loop_config(job.placement), num_steps=job.num_steps)
+        micro_batch = job.config.chosen_micro_batch_size(engine.model.config, job.placement, share.world_size)
+        loop = replace(job.config.loop_config(job.placement, micro_batch), num_steps=job.num_steps)
         from_step = resume[1].step if resume else 0
-        if share.rank == 0 and share.world_size > 1 and job.run is not None:
-            sent_gb = sent_gb_per_step(
-                layout_of(job.placement, share.world_size),
-                engine.model.config,
-                job.config.batch_size // share.world_size,
-                job.config.micro_batch_size,
-            )
-            job.run.log_metrics({"train/sent_gb_per_step": sent_gb}, from_step)
+        if share.rank == 0 and job.run is not None:
+            job.run.log_metrics(_what_the_place_makes_of_it(job, engine, micro_batch), from_step)
         with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:
-            validate = _validation(job, engine, tokenizer, config, share)
-            hooks = Hooks(recorder.report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
+            validate = _validation(job, engine, tokenizer, config, share, micro_batch)
+            report = reporting_node(recorder.report, job.run, engine.device, is_first=share.rank == 0)
+            hooks = Hooks(report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
             return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
+
+
+def _what_the_place_makes_of_it(job: WorkerJob, engine: Engine, micro_batch: int | None) -> dict[str, float]:
+    """Metrics that stay as they are until the run is started elsewhere."""
+    world_size = engine.gather.world_size if engine.gather else 1
+    own = job.config.batch_size // world_size
+    metrics = {"train/micro_batch_size": float(min(own, micro_batch or own))}
+    if world_size > 1:
+        layout = layout_of(job.placement, world_size)
+        metrics["train/sent_gb_per_step"] = sent_gb_per_step(layout, engine.model.config, own, micro_batch)
+    return metrics
 
 
 def initial_model(config: PretrainConfig, root: str) -> Mammut:
@@ -155,7 +163,7 @@ class Recorder:
                 raise
             error.add_note(f"the last checkpoint was not written either: {failure}")
         finally:
-            if self.is_first and self.job.run is not None:
+            if self.job.run is not None:
                 self.job.run.flush()
 
     def report(self, metrics: dict[str, float], step: int) -> None:
@@ -239,13 +247,14 @@ def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
 
 
 def _validation(
-    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig, share: Share
+    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig, share: Share, micro_batch: int | None
 ) -> Callable[[], dict[str, float]] | None:
     if job.config.validation_split is None:
         return None
     store = SampleStore(job.root, job.config.dataset, job.config.validation_split)
-    batch_size = min(job.config.batch_size, len(store))
-    num_batches = min(len(store), VALIDATION_SAMPLES) // batch_size
+    num_samples = min(len(store), VALIDATION_SAMPLES)
+    batch_size = min(job.config.batch_size, num_samples)
+    num_batches = num_samples // batch_size
     order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0)).numpy()
     settings = LoaderConfig(
         config.image_size,
@@ -256,7 +265,7 @@ def _validation(
     )
     loader = Loader(store, tokenizer, lambda step: order[step * batch_size : (step + 1) * batch_size], settings)
     look = partial(write_hardest, job.folder, tokenizer) if share.rank == 0 else None
-    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss, look)
+    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss, look, micro_batch)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.config import ConfigError, validate
 from rsplatform.model.embedder import Embedder
+from rsplatform.stage import plan
 from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.launch import loss_figure, pretrain
@@ -115,6 +116,24 @@ def test_a_start_that_does_not_fit_is_refused_before_any_worker(
     recipe = tiny_recipe(output="model/second/v1", model=None, start_from=trained.ref, **changes)
     with pytest.raises(RecipeMismatchError, match=words):
         pretrain(PretrainConfig(**recipe), cluster)
+
+
+def test_the_card_is_in_the_plan_and_what_it_cannot_hold_is_refused_before_anything_is_begun(
+    trained: Artifact, cluster: Cluster
+) -> None:
+    def on_card(**card) -> Cluster:
+        return cluster.model_copy(update={"train": TrainPlacement(launcher="local", gpus_per_worker=1, **card)})
+
+    for origin in ({}, {"model": None, "start_from": trained.ref}):
+        config = PretrainConfig(**tiny_recipe(output="model/on_card/v1", **origin))
+        lines = plan(config, on_card(gpu="L4"))
+        assert any(line.startswith("memory micro_batch_size 8 of 8 per worker (by arithmetic)") for line in lines)
+        assert not any(line.startswith("memory") for line in plan(config, cluster))
+        with pytest.raises(RecipeMismatchError, match="one sample at a time needs .* take cards with more memory"):
+            pretrain(config, on_card(gpu_memory_gb=1))
+        assert not Path(cluster.root, "model/on_card/v1").exists()
+    later = PretrainConfig(**tiny_recipe(output="model/on_card/v1", model=None, start_from="model/later/v1"))
+    assert "memory unknown until model/later/v1 is finished" in plan(later, on_card(gpu="L4"))
 
 
 def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:

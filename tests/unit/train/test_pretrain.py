@@ -104,11 +104,12 @@ def test_reports_tell_losses_pace_and_rate(tmp_path: Path) -> None:
     reports: dict[int, dict[str, float]] = {}
     train(tmp_path, reports=reports, report_every_steps=5)
     assert sorted(reports) == [5, 10, 12]
-    expected = "loss contrastive caption logit_scale gradient_norm tokens_per_text learning_rate skipped_steps"
+    expected = "loss contrastive caption logit_scale gradient_norm learning_rate skipped_steps"
+    expected += " tokens_per_text longest_text_tokens"
     pace = "samples_per_s samples_per_s_per_device data_wait_fraction"
     assert set(reports[5]) == {*expected.split(), *pace.split()}
     assert reports[5]["samples_per_s"] == reports[5]["samples_per_s_per_device"]
-    assert 5 < reports[5]["tokens_per_text"] <= 16
+    assert 5 < reports[5]["tokens_per_text"] <= reports[5]["longest_text_tokens"] <= 16
     assert reports[12]["loss"] < reports[5]["loss"]
 
 
@@ -136,6 +137,8 @@ def test_validation_is_repeatable_and_leaves_the_model_training() -> None:
     loader = tiny_loader()
     first = validation_losses(engine, loader.batches, 2, LossConfig())
     assert first == validation_losses(engine, loader.batches, 2, LossConfig())
+    in_pieces = validation_losses(engine, loader.batches, 2, LossConfig(), micro_batch_size=3)
+    assert in_pieces == pytest.approx(first, rel=1e-5)
     recalls = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"mean_recall"}
     names = {"loss", "contrastive", "caption"} | recalls | {f"chance_{name}" for name in recalls}
     assert set(first) == {f"val_{name}" for name in names}
