@@ -67,9 +67,11 @@ def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     The answer also holds the metrics that MLflow has not taken, `unsent`: the driver tries once more.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from rsplatform.train.elastic import PreemptionNotice  # not above: the local launcher does without Ray
+
     job: WorkerJob = loop_config["job"]
     try:
-        answer: dict[str, Any] = {"progress": asdict(run_worker(job))}
+        answer: dict[str, Any] = {"progress": asdict(run_worker(job, PreemptionNotice()))}
     except TrainingDivergedError as error:
         answer = {"diverged": str(error)}
     except RecipeMismatchError as error:
@@ -77,8 +79,8 @@ def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     return answer | {"unsent": job.run.outbox.rows if job.run else []}
 
 
-def run_worker(job: WorkerJob) -> Progress:
-    """Train this process's part of `job` to the end, from its newest checkpoint if there is one.
+def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = None) -> Progress:
+    """Train this process's part of `job` to the end, from its newest checkpoint; `wants_checkpoint` as Hooks has it.
 
     Raises:
         TrainingDivergedError: the loss or the gradient is not finite.
@@ -98,18 +100,24 @@ def run_worker(job: WorkerJob) -> Progress:
         resume = job.checkpoints.latest()
         loop = job.config.loop_config(job.placement)
         from_step = resume[1].step if resume else 0
-        if share.rank == 0 and share.world_size > 1 and job.run is not None:
-            sent_gb = sent_gb_per_step(
-                layout_of(job.placement, share.world_size),
-                engine.model.config,
-                job.config.batch_size // share.world_size,
-                job.config.micro_batch_size,
-            )
-            job.run.log_metrics({"train/sent_gb_per_step": sent_gb}, from_step)
+        _log_workers(job, engine, share, from_step)
         with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:
             validate = _validation(job, engine, tokenizer, config, share)
-            hooks = Hooks(recorder.report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
-            return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
+            curriculum = job.config.curriculum
+            hooks = Hooks(recorder.report, recorder.save, validate, None, curriculum.frozen_parts, wants_checkpoint)
+            return fit(engine, loader.batches, curriculum.learning_rate, loop, hooks, resume)
+
+
+def _log_workers(job: WorkerJob, engine: Engine, share: Share, from_step: int) -> None:
+    """How many train from this start on, and what a step sends between them."""
+    if share.rank != 0 or job.run is None:
+        return
+    own_samples, model = job.config.batch_size // share.world_size, engine.model.config
+    metrics = {"train/workers": float(share.world_size)}
+    if share.world_size > 1:
+        layout = layout_of(job.placement, share.world_size)
+        metrics["train/sent_gb_per_step"] = sent_gb_per_step(layout, model, own_samples, job.config.micro_batch_size)
+    job.run.log_metrics(metrics, from_step)
 
 
 def initial_model(config: PretrainConfig, root: str) -> Mammut:
