@@ -4,9 +4,11 @@ machine, the driver."""
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,7 +205,8 @@ def kill_first(workers: list[int]) -> bool:
 @contextlib.contextmanager
 def second_machine() -> Iterator[subprocess.Popen]:
     """A node of this test's Ray with two cores, which says eight seconds ahead that it is going."""
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=2"]
+    folder = tempfile.mkdtemp(prefix="rs-")  # short: Unix sockets below it have paths of at most 107 bytes
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
     command += [f"--address={ray.get_runtime_context().gcs_address}", "--node-ip-address=127.0.0.1"]
     environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "8"}
     machine = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -219,6 +222,7 @@ def second_machine() -> Iterator[subprocess.Popen]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         machine.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def workers_below(ancestor: int) -> list[int]:
