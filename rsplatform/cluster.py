@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from rsplatform.config import Config, ConfigError, apply_override, read_yaml, validate
 
@@ -46,7 +46,14 @@ class DataPlacement(Config):
 class TrainPlacement(Config):
     """Workers of Ray Train and the engine that shards the model over them.
 
-    `engine` never changes the numbers beyond rounding: parity with the plain engine is a test.
+    `engine` never changes the numbers beyond rounding: parity with the plain engine is a test. Nor does the number of
+    workers, so any engine may be elastic: with `min_workers` a training starts as soon as that many fit the cluster,
+    goes on with fewer when a machine is lost, and looks every `grow_every_minutes` whether more fit. Each change is a
+    restart from the newest checkpoint. A worker's share of the batch grows as workers go, which `micro_batch_size` of
+    the recipe keeps within its memory.
+
+    `max_failures`: deaths of workers, over the whole run, that Ray Train starts again after. `max_preemptions`: the
+    same for machines that were taken away with notice (None: any number); without notice it is a failure.
     """
 
     launcher: Literal["ray", "local"] = "ray"  # local: one worker in this process, for debugging
@@ -54,10 +61,13 @@ class TrainPlacement(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1  # deepspeed
     shard_size: int | None = Field(default=None, ge=1)  # fsdp: workers that share one copy of the model; None: all
     num_workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(default=None, ge=1)  # elastic; None: always num_workers
+    grow_every_minutes: float = Field(default=10, gt=0)
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     decode_threads: int = Field(default=2, ge=1)
     max_failures: int = Field(default=2, ge=0)
+    max_preemptions: int | None = Field(default=None, ge=0)
     checkpoint_every_minutes: float = Field(default=10, gt=0)
     recompute_every_blocks: int | None = Field(default=None, ge=1)  # recompute every nth block; 1: all, None: none
     compile_blocks: bool = False  # torch.compile of each block
@@ -77,11 +87,6 @@ class TrainPlacement(Config):
         return gpu
 
     @property
-    def world_size(self) -> int:
-        """Workers that train together; the local launcher starts one."""
-        return 1 if self.launcher == "local" else self.num_workers
-
-    @property
     def worker_memory_gb(self) -> float | None:
         """What one worker has of its card; None on a CPU and where no card is named."""
         card_gb = self.gpu_memory_gb or (GPUS[self.gpu].memory_gb if self.gpu else None)
@@ -94,6 +99,26 @@ class TrainPlacement(Config):
         if self.peak_tflops is not None or self.gpu is None or self.gpus_per_worker == 0:
             return self.peak_tflops
         return GPUS[self.gpu].bfloat16_tflops if precision == "bfloat16" else None
+
+    @model_validator(mode="after")
+    def _the_range_is_one(self) -> "TrainPlacement":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is more than num_workers {self.num_workers}: elastic training runs "
+                "with min_workers to num_workers; leave min_workers out for a fixed number"
+            )
+        return self
+
+    def worker_counts(self, batch_size: int) -> tuple[int, ...]:
+        """Numbers of workers, ascending, that a global batch divides among and whole copies of the model fit."""
+        fewest = self.num_workers if self.min_workers is None else self.min_workers
+        copy_size = self.shard_size if self.engine == "fsdp" and self.shard_size is not None else 1
+        counts = range(fewest, self.num_workers + 1)
+        return tuple(count for count in counts if batch_size % count == 0 and count % copy_size == 0)
+
+    def fewest_workers(self, batch_size: int) -> int:
+        """The smallest number that may train together; the local launcher starts one."""
+        return 1 if self.launcher == "local" else min(self.worker_counts(batch_size), default=self.num_workers)
 
 
 class TunePlacement(Config):

@@ -12,11 +12,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
-from rsplatform.cluster import Cluster
+from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import MammutConfig
 from rsplatform.model.weights import TOKENIZER_FILE, save_model
@@ -24,6 +23,7 @@ from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
 from rsplatform.train.curriculum import RecipeMismatchError
+from rsplatform.train.elastic import ElasticTrainer
 from rsplatform.train.hardest import hardest_figure
 from rsplatform.train.job import WorkerJob
 from rsplatform.train.pretrain import Progress, TrainingDivergedError
@@ -47,6 +47,8 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     _check_start(config, cluster)
+    if cluster.train.launcher == "ray":
+        check_workers(config.batch_size, cluster.train)
     with open_stage(config, cluster) as stage:
         prepare_tokenizer(config, cluster, stage.artifact.uri)
         job = WorkerJob(config, cluster.root, stage.artifact.uri, cluster.train, stage.run)
@@ -115,7 +117,7 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
 
     Raises:
         TrainingDivergedError: the loss or the gradient is not finite.
-        ray.train.TrainingFailedError: workers died more often than `max_failures`.
+        ray.train.TrainingFailedError: workers died more often than `max_failures` and `max_preemptions` let pass.
     """
     if job.placement.launcher == "local":
         return run_worker(job)
@@ -129,6 +131,31 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
     return Progress(**outcome["progress"])
 
 
+def check_workers(batch_size: int, placement: TrainPlacement) -> None:
+    """Refuse numbers of workers that the global batch, or the copies of a sharded model, do not divide among.
+
+    Raises:
+        RecipeMismatchError: `num_workers` itself, or an elastic range that has no other number in it.
+    """
+    counts, most, fewest = placement.worker_counts(batch_size), placement.num_workers, placement.min_workers
+    if batch_size % most:
+        raise RecipeMismatchError(
+            f"batch_size {batch_size} does not divide among {most} workers; "
+            "change batch_size in the recipe or train.num_workers in the cluster file"
+        )
+    if most not in counts:
+        raise RecipeMismatchError(
+            f"train.shard_size {placement.shard_size} does not divide train.num_workers {most}: "
+            "choose a divisor, or leave it out to shard over all"
+        )
+    if fewest is not None and fewest < most and len(counts) == 1:
+        fitting = placement.model_copy(update={"min_workers": 1}).worker_counts(batch_size)
+        raise RecipeMismatchError(
+            f"train.min_workers {fewest} is no choice: of {fewest} to {most} workers, batch_size {batch_size} (and "
+            f"train.shard_size, if set) fits {most} alone; it fits {', '.join(map(str, fitting))}"
+        )
+
+
 def _ray_train(job: WorkerJob) -> dict[str, Any]:
     placement = job.placement
     # a work folder per start: Ray keeps no state of ours there, and its own restore stays out of exact resume
@@ -137,11 +164,14 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
     resources = {"CPU": placement.cpus_per_worker}
     if placement.gpus_per_worker > 0:
         resources["GPU"] = placement.gpus_per_worker
-    trainer = TorchTrainer(
+    counts = placement.worker_counts(job.config.batch_size)
+    trainer = ElasticTrainer(
         ray_train_worker,
+        counts=counts,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=placement.num_workers,
+            num_workers=(counts[0], counts[-1]) if len(counts) > 1 else counts[0],
+            elastic_resize_monitor_interval_s=60 * placement.grow_every_minutes,
             use_gpu=placement.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -149,7 +179,10 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
             name=f"start-{uuid.uuid4().hex[:8]}",
             storage_path=path,
             storage_filesystem=system,
-            failure_config=FailureConfig(max_failures=placement.max_failures),
+            failure_config=FailureConfig(
+                max_failures=placement.max_failures,
+                max_preemption_failures=-1 if placement.max_preemptions is None else placement.max_preemptions,
+            ),
             worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
         ),
     )

@@ -87,9 +87,10 @@ class Hooks:
 
     `auxiliary_loss(model, step) -> (loss, detached parts)` is added to MaMMUT's loss (self-training's patch loss);
     it runs the module itself, so it is only for engines that keep it whole. `frozen_parts(step)` names the parts of the
-    model (freezing.py) that the step leaves as they are.
+    model (freezing.py) that the step leaves as they are. `wants_checkpoint()` is asked after each report whether one
+    has to be saved at once.
 
-    Each is called on every process (state and validation are collective); write on rank 0 only.
+    Each is called on every process (state, validation and that question are collective); write on rank 0 only.
     """
 
     report: Callable[[dict[str, float], int], None]
@@ -97,6 +98,7 @@ class Hooks:
     validate: Callable[[], dict[str, float]] | None = None
     auxiliary_loss: AuxiliaryLoss | None = None
     frozen_parts: Callable[[int], Collection[str]] | None = None
+    wants_checkpoint: Callable[[], bool] | None = None
 
 
 def fit(
@@ -139,13 +141,15 @@ def fit(
             window.add(outcome.values, len(batch.sample_ids) * world_size, data_wait_s, batch.images_BHWC.shape[1])
             progress = _advance(progress, time.perf_counter() - started, config, outcome)
             is_last = progress.step == config.num_steps or bool(progress.stopped)
+            saves = is_last or outcome.saves or _is_due(progress.step, config.checkpoint_every_steps)
             if is_last or progress.step % config.report_every_steps == 0:
                 counted = {"learning_rate": rate, "skipped_steps": float(progress.guard.skipped_steps)}
                 hooks.report(window.metrics(engine.model.config, devices) | counted, progress.step)
                 window = Window()
+                saves = (hooks.wants_checkpoint is not None and hooks.wants_checkpoint()) or saves
             if hooks.validate and (is_last or _is_due(progress.step, config.validate_every_steps)):
                 hooks.report(hooks.validate(), progress.step)
-            if is_last or outcome.saves or _is_due(progress.step, config.checkpoint_every_steps):
+            if saves:
                 hooks.save(full_state(engine, averaged), progress)
                 last_save_s = progress.elapsed_s
     return progress

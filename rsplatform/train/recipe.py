@@ -167,8 +167,9 @@ class PretrainConfig(StageConfig):
         if self.start_from is not None and not Artifact(cluster.root, self.start_from).is_finished:
             return [f"memory unknown until {self.start_from} is finished"]
         model = self.architecture(cluster.root)
-        worker = self.worker_step(model, placement, placement.world_size)
-        size = self.chosen_micro_batch_size(model, placement, placement.world_size) or worker.batch_size
+        num_workers = placement.fewest_workers(self.batch_size)  # each has the most to hold then
+        worker = self.worker_step(model, placement, num_workers)
+        size = self.chosen_micro_batch_size(model, placement, num_workers) or worker.batch_size
         origin = "the recipe's" if self.micro_batch_size is not None else "by arithmetic"
         return [
             f"memory micro_batch_size {min(size, worker.batch_size)} of {worker.batch_size} per worker ({origin}): "

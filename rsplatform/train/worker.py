@@ -51,9 +51,11 @@ def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     The answer also holds the metrics that MLflow has not taken, `unsent`: the driver tries once more.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from rsplatform.train.elastic import PreemptionNotice  # not above: the local launcher does without Ray
+
     job: WorkerJob = loop_config["job"]
     try:
-        answer: dict[str, Any] = {"progress": asdict(run_worker(job))}
+        answer: dict[str, Any] = {"progress": asdict(run_worker(job, PreemptionNotice()))}
     except TrainingDivergedError as error:
         answer = {"diverged": str(error)}
     except RecipeMismatchError as error:
@@ -61,8 +63,8 @@ def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     return answer | {"unsent": job.run.outbox.rows if job.run else []}
 
 
-def run_worker(job: WorkerJob) -> Progress:
-    """Train this process's part of `job` to the end, from its newest checkpoint if there is one.
+def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = None) -> Progress:
+    """Train this process's part of `job` to the end, from its newest checkpoint; `wants_checkpoint` as Hooks has it.
 
     Raises:
         TrainingDivergedError: the loss or the gradient is not finite.
@@ -88,15 +90,16 @@ def run_worker(job: WorkerJob) -> Progress:
         with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:
             validate = _validation(job, engine, tokenizer, config, share, micro_batch)
             report = reporting_node(recorder.report, job.run, engine.device, is_first=share.rank == 0)
-            hooks = Hooks(report, recorder.save, validate, frozen_parts=job.config.curriculum.frozen_parts)
-            return fit(engine, loader.batches, job.config.curriculum.learning_rate, loop, hooks, resume)
+            curriculum = job.config.curriculum
+            hooks = Hooks(report, recorder.save, validate, None, curriculum.frozen_parts, wants_checkpoint)
+            return fit(engine, loader.batches, curriculum.learning_rate, loop, hooks, resume)
 
 
 def _what_the_place_makes_of_it(job: WorkerJob, engine: Engine, micro_batch: int | None) -> dict[str, float]:
     """Metrics that stay as they are until the run is started elsewhere."""
     world_size = engine.gather.world_size if engine.gather else 1
     own = job.config.batch_size // world_size
-    metrics = {"train/micro_batch_size": float(min(own, micro_batch or own))}
+    metrics = {"train/workers": float(world_size), "train/micro_batch_size": float(min(own, micro_batch or own))}
     if world_size > 1:
         layout = layout_of(job.placement, world_size)
         metrics["train/sent_gb_per_step"] = sent_gb_per_step(layout, engine.model.config, own, micro_batch)

@@ -1,12 +1,23 @@
-"""Ray Train: two workers and DeepSpeed give one process's model; a killed worker changes nothing in the weights."""
+"""Ray Train: any engine and number of workers give one process's model, whatever is lost on the way: a worker, a
+machine, the driver."""
 
+import contextlib
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
+from mlflow import MlflowClient
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 from watchfiles import watch
@@ -16,15 +27,26 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cli import own_error
 from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.runtime import ray_runtime
-from rsplatform.train.checkpoint import CheckpointError
+from rsplatform.tracking import tracking_uri
+from rsplatform.train.checkpoint import CheckpointError, CheckpointFolder
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.launch import pretrain
 from rsplatform.train.pretrain import TrainingDivergedError
 from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.worker import read_history
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 pytestmark = pytest.mark.ray
 LOCAL = TrainPlacement(launcher="local")
+REPOSITORY = Path(__file__).resolve().parents[2]
+# eps well above rounding: Adam would blow up the rounding in gradients that are zero (a key's bias)
+STEADY = {"optimizer": {"eps": 1e-4}}
+LONG = {
+    "phases": [{"name": "long", "steps": 400, "schedule": {"learning_rate": 1e-3, "warmup_steps": 10}}],
+    "checkpoint_every_steps": 25,
+    "keep_checkpoints": 3,
+    "validation_split": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +73,15 @@ def greatest_difference(first: Artifact, second: Artifact) -> float:
 
 
 def test_ray_and_this_process_train_the_same_model(cluster: Cluster) -> None:
-    # eps well above rounding: Adam would blow up the rounding in gradients that are zero (a key's bias)
-    steady = {"optimizer": {"eps": 1e-4}}
-    alone = train(cluster, "alone", LOCAL, **steady)
-    two = train(cluster, "two", TrainPlacement(num_workers=2), **steady)
-    sharded = train(cluster, "sharded", TrainPlacement(num_workers=2, engine="deepspeed", zero_stage=1), **steady)
-    assert greatest_difference(two, alone) < 1e-5
-    assert greatest_difference(sharded, alone) < 1e-5
-    assert not (Path(two.uri) / "work" / "ray_train").exists()
+    alone = train(cluster, "alone", LOCAL, **STEADY)
+    losses = [(row["step"], row["loss"]) for row in read_history(alone.uri) if "loss" in row]
+    for engine in ("plain", "fsdp", "deepspeed"):
+        placement = TrainPlacement.model_validate({"num_workers": 2, "engine": engine})
+        two = train(cluster, f"two-{engine}", placement, **STEADY)
+        assert greatest_difference(two, alone) < 1e-5
+        same = [(row["step"], pytest.approx(row["loss"], rel=1e-5)) for row in read_history(two.uri) if "loss" in row]
+        assert losses == same
+        assert not (Path(two.uri) / "work" / "ray_train").exists()
 
 
 def test_a_divergence_is_not_retried(cluster: Cluster) -> None:
@@ -68,8 +91,8 @@ def test_a_divergence_is_not_retried(cluster: Cluster) -> None:
 
 
 def test_a_recipe_that_does_not_fit_is_not_retried(cluster: Cluster) -> None:
-    with pytest.raises(RecipeMismatchError, match="^batch_size 7 does not divide among 2 workers"):
-        train(cluster, "odd", TrainPlacement(num_workers=2, max_failures=3), batch_size=7)
+    with pytest.raises(RecipeMismatchError, match="^ema_decay averages whole weights"):
+        train(cluster, "odd", TrainPlacement(engine="fsdp", max_failures=3), ema_decay=0.5)
 
 
 def test_a_workers_error_of_ours_is_found_in_rays(cluster: Cluster) -> None:
@@ -83,52 +106,130 @@ def test_a_workers_error_of_ours_is_found_in_rays(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(("num_workers", "engine"), [(1, "plain"), (2, "deepspeed")])
 def test_a_killed_worker_changes_nothing(cluster: Cluster, num_workers: int, engine: str) -> None:
-    phases = [{"name": "long", "steps": 400, "schedule": {"learning_rate": 1e-3, "warmup_steps": 10}}]
-    long = {"phases": phases, "checkpoint_every_steps": 25, "keep_checkpoints": 3, "validation_split": None}
     placement = TrainPlacement.model_validate({"num_workers": num_workers, "engine": engine, "max_failures": 2})
-    undisturbed = train(cluster, f"undisturbed-{engine}", placement, **long)
-    killed: list[int] = []
+    undisturbed = train(cluster, f"undisturbed-{engine}", placement, **LONG)
     folder = Path(cluster.root) / "model" / f"killed-{engine}" / "v1"
-    run_ended = threading.Event()
-    killer = threading.Thread(target=kill_a_worker_after_a_checkpoint, args=(folder, run_ended, killed))
-    killer.start()
-    try:
-        survivor = train(cluster, f"killed-{engine}", placement, **long)
-    finally:
-        run_ended.set()
-        killer.join()
-    assert killed, "the run ended before its worker could be killed"
+    with once(folder / "checkpoints", lambda: kill_first(workers_below(os.getpid()))):
+        survivor = train(cluster, f"killed-{engine}", placement, **LONG)
     assert greatest_difference(survivor, undisturbed) == 0.0
 
 
-def kill_a_worker_after_a_checkpoint(folder: Path, run_ended: threading.Event, killed: list[int]) -> None:
-    """SIGKILL one training process of this test's Ray when the first checkpoint of `folder` appears."""
-    for changes in watch(folder.parents[2], stop_event=run_ended, step=10):
-        if any(path.startswith(f"{folder}/checkpoints/step_") for _, path in changes):
-            for pid in descendants(os.getpid()):
-                if "RayTrainWorker" in command_line(pid):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-                    return
+def test_a_machine_that_is_taken_away_leaves_its_share_to_the_others(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines with a worker each; one gets the signal of a shutdown, which Ray announces to the workers.
+
+    No failure is allowed, so that it has to be a preemption, and no checkpoint but that of the notice is due.
+    """
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")  # for two workers while one machine is going
+    schedule = {"learning_rate": 1e-3, "warmup_steps": 10}
+    changes = {"phases": [{"name": "longer", "steps": 800, "schedule": schedule}], "checkpoint_every_steps": None}
+    recipe = STEADY | LONG | changes
+    alone = train(cluster, "unshared", LOCAL, **recipe)
+    budgets = {"max_failures": 0, "max_preemptions": 1}
+    placement = TrainPlacement(num_workers=2, min_workers=1, cpus_per_worker=2, checkpoint_every_minutes=60, **budgets)
+    client = MlflowClient(tracking_uri(cluster.root))
+    with second_machine() as machine, once(Path(cluster.root), lambda: terminate_if_it_trains(machine, client)):
+        elastic = train(cluster, "elastic", placement, **recipe)
+    assert greatest_difference(elastic, alone) < 1e-4
+    noticed, last = CheckpointFolder(f"{elastic.uri}/checkpoints").steps()
+    assert 0 < noticed < last == 800
+    workers = client.get_metric_history(elastic.manifest()["run_id"], "train/workers")
+    assert [(metric.step, metric.value) for metric in workers] == [(0, 2), (noticed, 1)]
 
 
-def descendants(ancestor: int) -> list[int]:
-    """Processes whose line of parents leads to `ancestor`; other Ray runtimes on the machine are left alone."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-        except OSError:  # the process has ended meanwhile
-            continue
-        parents[int(fields["Pid"])] = int(fields["PPid"])
-    found = {ancestor}
-    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= grown
-    return sorted(found - {ancestor})
+def test_a_lost_driver_is_made_up_for_by_the_same_command(cluster: Cluster, tmp_path: Path) -> None:
+    """Its workers go with it, and the next ones go on from the newest checkpoint."""
+    alone = train(cluster, "undriven", LOCAL, **LONG)
+    recipe, places = tmp_path / "recipe.yaml", tmp_path / "cluster.yaml"
+    recipe.write_text(json.dumps(tiny_recipe(output="model/driven/v1", **LONG)))
+    places.write_text(json.dumps({"metadata": {"rsplatform": {"root": cluster.root}}}))
+    command = [sys.executable, str(REPOSITORY / "jobs" / "pretrain.py"), str(recipe), str(places)]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen(command, env=environment)
+    with once(Path(cluster.root) / "model" / "driven" / "v1" / "checkpoints", lambda: driver.kill() or True):
+        driver.wait()
+    made = Artifact(cluster.root, "model/driven/v1")
+    assert not made.is_finished
+    subprocess.run(command, env=environment, check=True)
+    assert made.is_finished
+    assert greatest_difference(made, alone) == 0.0
 
 
-def command_line(pid: int) -> str:
+@contextlib.contextmanager
+def once(folder: Path, act: Callable[[], bool]) -> Iterator[None]:
+    """Call `act` whenever a file below `folder` changes, until it says that it did what it had to do.
+
+    Raises:
+        AssertionError: the block ended before.
+    """
+    done, ended = threading.Event(), threading.Event()
+
+    def look() -> None:
+        for changes in watch(folder_that_is(folder), stop_event=ended, step=10):
+            is_there = any(Path(path).is_relative_to(folder) and not path.endswith(".tmp") for _, path in changes)
+            if is_there and act():
+                done.set()
+                return
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    assert done.is_set(), "the block ended before anything could be done to it"
+
+
+def folder_that_is(folder: Path) -> Path:
+    return folder if folder.exists() else folder_that_is(folder.parent)
+
+
+def terminate_if_it_trains(machine: subprocess.Popen, client: MlflowClient) -> bool:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, "attributes.status = 'RUNNING'")
+    if not workers_below(machine.pid) or not any("train/loss" in run.data.metrics for run in runs):
+        return False
+    machine.terminate()
+    return True
+
+
+def kill_first(workers: list[int]) -> bool:
+    for pid in workers[:1]:
+        os.kill(pid, signal.SIGKILL)
+    return bool(workers)
+
+
+@contextlib.contextmanager
+def second_machine() -> Iterator[subprocess.Popen]:
+    """A node of this test's Ray with two cores, which says five seconds ahead that it is going."""
+    folder = tempfile.mkdtemp(prefix="rs-")  # short: Unix sockets below it have paths of at most 107 bytes
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
+    command += [f"--address={ray.get_runtime_context().gcs_address}", "--node-ip-address=127.0.0.1"]
+    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"}
+    machine = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert machine.stdout
+    try:
+        assert any("Ray runtime started" in line for line in machine.stdout), "ray start ended without a runtime"
+        threading.Thread(target=machine.stdout.read, daemon=True).start()  # unread, its pipe would fill up
+        # by itself, what tells Ray Train the cluster's size looks every 20 seconds
+        ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("nobody", recompute=True))
+        yield machine
+    finally:
+        for process in [*psutil.Process(machine.pid).children(recursive=True), machine]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        machine.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def workers_below(ancestor: int) -> list[int]:
+    """Processes of Ray Train workers whose line of parents leads to `ancestor`; other runtimes are left alone."""
+    found = []
+    for process in psutil.Process(ancestor).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("RayTrainWorker" in word for word in process.cmdline()):
+                found.append(process.pid)
+    return found

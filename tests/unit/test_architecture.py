@@ -34,6 +34,7 @@ RAY_RIM = {
     "curate/pipeline.py",
     "train/worker.py",
     "train/launch.py",
+    "train/elastic.py",
     "train/sweep.py",
     "index/build.py",
     "serve/app.py",

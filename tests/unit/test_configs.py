@@ -15,6 +15,7 @@ from rsplatform import tracking
 from rsplatform.cluster import load_cluster
 from rsplatform.config import StageConfig, load_config
 from rsplatform.dataset.build import BuildDatasetConfig
+from rsplatform.train.launch import check_workers
 from rsplatform.train.recipe import PretrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,6 +82,12 @@ def test_one_cluster_file_serves_ray_up_and_our_jobs(path: Path) -> None:
     schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(yaml.safe_load(path.read_text()), schema)
     assert load_cluster(path).root
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
+def test_every_training_divides_among_the_workers_of_a_cluster_file(path: Path) -> None:
+    for recipe in REPOSITORY.glob("configs/pretrain/*.yaml"):
+        check_workers(load_config(PretrainConfig, recipe).batch_size, load_cluster(path).train)
 
 
 @pytest.mark.parametrize("job", sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py")))

@@ -123,6 +123,20 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(tmp_path: 
     assert CheckpointFolder(str(tmp_path)).latest() is None
 
 
+def test_a_checkpoint_that_is_wanted_at_once_is_saved_after_the_next_report() -> None:
+    saved: list[int] = []
+    answers = iter([False, True, False])
+    hooks = Hooks(
+        lambda metrics, step: None,
+        lambda tensors, progress: saved.append(progress.step),
+        wants_checkpoint=lambda: next(answers),
+    )
+    config = LoopConfig(9, report_every_steps=3)
+    fit(PlainEngine(tiny_model(), OptimizerConfig()), tiny_loader().batches, lambda step: 1e-3, config, hooks)
+    assert saved == [6, 9]
+    assert next(answers, None) is None
+
+
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     reports: dict[str, dict] = {"float32": {}, "bfloat16": {}}
     for precision, steps in reports.items():
