@@ -134,6 +134,8 @@ def test_the_card_is_in_the_plan_and_what_it_cannot_hold_is_refused_before_anyth
         assert not Path(cluster.root, "model/on_card/v1").exists()
     later = PretrainConfig(**tiny_recipe(output="model/on_card/v1", model=None, start_from="model/later/v1"))
     assert "memory unknown until model/later/v1 is finished" in plan(later, on_card(gpu="L4"))
+
+
 def test_workers_that_do_not_fit_are_refused_before_any_is_started(cluster: Cluster) -> None:
     recipe = PretrainConfig(**tiny_recipe(output="model/odd/v1", batch_size=7))
     with pytest.raises(RecipeMismatchError, match="^batch_size 7 does not divide among 2 workers"):
