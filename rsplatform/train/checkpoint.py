@@ -124,7 +124,7 @@ class CheckpointFolder:
 
 def _map_local(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safetensors.safe_open(storage.filesystem(path)[1], framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.offset_keys()}, file.metadata()
+        return file.get_tensors(), file.metadata()
 
 
 def _read_s3(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
