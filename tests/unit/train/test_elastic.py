@@ -36,7 +36,7 @@ def test_workers_divide_the_batch_and_hold_whole_copies(values: dict, counts: tu
 def test_surplus_workers_are_not_started(machines: list[int], possible: int) -> None:
     """Machines with that many GPUs, for 2, 4 or 8 workers of one GPU and two cores."""
     resources = {"CPU": 2, "GPU": 1}
-    policy = CountsPolicy(ScalingConfig((2, 8), use_gpu=True, resources_per_worker=resources), (2, 4, 8))
+    policy = CountsPolicy(ScalingConfig(num_workers=(2, 8), use_gpu=True, resources_per_worker=resources), (2, 4, 8))
     reserved = {f"machine {index}": {"CPU": 16.0, "GPU": float(gpus)} for index, gpus in enumerate(machines)}
     assert policy._count_possible_workers(reserved) == possible
 

@@ -117,6 +117,13 @@ def test_a_start_that_does_not_fit_is_refused_before_any_worker(
         pretrain(PretrainConfig(**recipe), cluster)
 
 
+def test_workers_that_do_not_fit_are_refused_before_any_is_started(cluster: Cluster) -> None:
+    recipe = PretrainConfig(**tiny_recipe(output="model/odd/v1", batch_size=7))
+    with pytest.raises(RecipeMismatchError, match="^batch_size 7 does not divide among 2 workers"):
+        pretrain(recipe, cluster.model_copy(update={"train": TrainPlacement(num_workers=2)}))
+    assert not (Path(cluster.root) / "model" / "odd").exists()
+
+
 def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:
     phases = [{"name": "mad", "steps": 8, "schedule": {"learning_rate": 1e30, "decay": "constant"}}]
     config = PretrainConfig(**tiny_recipe(output="model/mad/v1", phases=phases))
