@@ -217,7 +217,8 @@ def _learn(course: Course, lesson: Lesson, run: tracking.Run, number: int) -> Em
             yield from track(stream, f"self-training round {number}", end - start, transient=True)
 
     loss = LossConfig("sigmoid" if student.config.logit_bias else "softmax")
-    loop = LoopConfig(config.steps_per_round, config.seed + number, loss, ema_decay=config.ema_decay)
+    # no ramp: the average begins at a good teacher, not at random weights
+    loop = LoopConfig(config.steps_per_round, config.seed + number, loss, ema_decay=config.ema_decay, ema_ramps=False)
     engine = PlainEngine(student, OptimizerConfig(weight_decay=0.0))
     hooks = Hooks(run.log_metrics, save, auxiliary_loss=lesson_loss(config, teacher, lesson, number))
     resume = checkpoints.latest()

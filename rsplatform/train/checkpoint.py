@@ -14,12 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from rsplatform import storage
+from rsplatform.model.gather import FeatureGather
 from rsplatform.train.pretrain import Progress
 
 _NAME = re.compile(r"^step_(\d{8})\.safetensors$")
@@ -100,18 +102,16 @@ class CheckpointFolder:
         return self.load(steps[-1]) if steps else None
 
     def load(self, step: int) -> tuple[dict[str, Tensor], Progress]:
-        """Tensors and progress of one checkpoint.
+        """Tensors and progress of one checkpoint. From a local path the tensors are read when they are, and share the
+        page cache with the other processes of the host.
 
         Raises:
             CheckpointError: the file is damaged.
             FileNotFoundError: there is no checkpoint of that step.
         """
         path = self._path(step)
-        data = storage.read_bytes(path)
         try:
-            tensors = safetensors.torch.load(data)
-            header_bytes = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+            tensors, metadata = _read_s3(path) if storage.is_s3(path) else _map_local(path)
             return tensors, Progress(**json.loads(metadata[_PROGRESS_KEY]))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -120,6 +120,36 @@ class CheckpointFolder:
 
     def _path(self, step: int) -> str:
         return f"{self.uri}/step_{step:08d}.safetensors"
+
+
+def _map_local(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safetensors.safe_open(storage.filesystem(path)[1], framework="pt") as file:
+        return file.get_tensors(), file.metadata()
+
+
+def _read_s3(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    data = storage.read_bytes(path)
+    header_bytes = int.from_bytes(data[:8], "little")
+    return safetensors.torch.load(data), json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+
+
+def agreed_step(checkpoints: CheckpointFolder, gather: FeatureGather | None, device: torch.device) -> int:
+    """The step of the newest checkpoint, 0 without one, as all processes see it. Collective.
+
+    Raises:
+        CheckpointError: they see different ones.
+    """
+    step = max(checkpoints.steps(), default=0)
+    if gather is None:
+        return step
+    seen = gather.rows(torch.tensor([step], device=device)).tolist()
+    if len(set(seen)) > 1:
+        told = ", ".join(f"worker {rank} {f'step {own}' if own else 'none'}" for rank, own in enumerate(seen))
+        raise CheckpointError(
+            f"{checkpoints.uri}: the workers see different newest checkpoints ({told}); root in the cluster file has "
+            "to be one place that all machines share, a network file system or s3://"
+        )
+    return step
 
 
 class HostImage:

@@ -49,6 +49,11 @@ class Phase:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"phase {self.name}: steps {self.steps} must be at least 1")
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"phase {self.name}: schedule.warmup_steps {self.schedule.warmup_steps} is more than its {self.steps} "
+                "steps: the learning rate would never be reached"
+            )
         check_parts(self.freeze, f"phase {self.name}: freeze")
         if covers_all(self.freeze):
             raise ValueError(f"phase {self.name}: freeze names the whole model; leave a part out to train it")

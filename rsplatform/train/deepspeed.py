@@ -3,7 +3,8 @@ imports deepspeed.
 
 In: a model, our optimizer config and a stage. Its state is the whole model by parameter name, gathered from the
 shards: no pickle of DeepSpeed's, and a checkpoint resumes at any stage, world size, or under PlainEngine.
-Float32 weights. What is given up: sharded checkpoints (a whole state has to fit the first process's host).
+Float32 weights, gradients and collectives, also under bfloat16 autocast. What is given up: sharded checkpoints (a
+whole state has to fit each process's host).
 Shapes: B batch, C channels, H W pixels, T tokens.
 """
 
@@ -11,7 +12,7 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_lea
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
 
 
-def deepspeed_config(batch_size: int, config: OptimizerConfig, zero_stage: int) -> dict[str, Any]:
+def deepspeed_config(
+    batch_size: int, config: OptimizerConfig, zero_stage: int, precision: Literal["float32", "bfloat16"] = "float32"
+) -> dict[str, Any]:
     """DeepSpeed's own configuration, made from ours; `batch_size` is one process's."""
     return {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -40,6 +43,13 @@ def deepspeed_config(batch_size: int, config: OptimizerConfig, zero_stage: int) 
         # stage 0 keeps whole gradients, and DeepSpeed tells no norm of them: there we clip
         "gradient_clipping": config.gradient_clip if zero_stage else 0.0,
         "zero_optimization": {"stage": zero_stage},
+        # without it DeepSpeed turns torch.autocast off in its forward. The modules named here would send their weights
+        # and gradients in the lower precision: none, so that sums over processes stay float32 as in the other engines
+        "torch_autocast": {
+            "enabled": precision == "bfloat16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         # torch's AdamW: DeepSpeed's CPUAdam would compile C++ at run time
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -51,7 +61,8 @@ class DeepSpeedEngine:
 
     `freezable`: all parts that will ever be frozen. DeepSpeed lays out gradients and shards once, so these parts keep
     shards of their own; frozen, their gradients are set to zero and AdamW passes them over. What is given up: their
-    gradients are computed all the same.
+    gradients are computed all the same. `precision`: that of every forward, fixed here because DeepSpeed's own setting
+    wins over a torch.autocast around it.
 
     Raises:
         RuntimeError: no process group.
@@ -65,6 +76,7 @@ class DeepSpeedEngine:
         batch_size: int,
         zero_stage: int,
         freezable: Collection[str] = (),
+        precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         if not torch.distributed.is_initialized():
             raise RuntimeError("DeepSpeedEngine needs torch.distributed.init_process_group before it")
@@ -79,7 +91,7 @@ class DeepSpeedEngine:
         self._model = model
         self._zero_stage = zero_stage
         self._named = dict(model.named_parameters())
-        self._freezable = frozenset(freezable)
+        self._precision, self._freezable = precision, frozenset(freezable)
         self._optimizer = build_optimizer(model, config, sorted(self._freezable))
         # DeepSpeed puts flat shards in place of the parameters: which belong to a group has to be noted before
         members = [{id(p) for p in group["params"]} for group in self._optimizer.param_groups]
@@ -89,7 +101,7 @@ class DeepSpeedEngine:
         self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            config=deepspeed_config(batch_size, config, zero_stage),
+            config=deepspeed_config(batch_size, config, zero_stage, precision),
             dist_init_required=False,
         )[0]
         self._reduction, self._holds_back = ExitStack(), False
@@ -119,7 +131,13 @@ class DeepSpeedEngine:
         ground_sample_distance_m_B: Tensor | None = None,
         z_loss_weight: float = 0.0,
     ) -> MammutOutput:
-        """Both passes; stage 3 collects each layer's shards as it goes."""
+        """Both passes; stage 3 collects each layer's shards as it goes.
+
+        Raises:
+            ValueError: run under torch.autocast without having been made for it, or the other way round.
+        """
+        if torch.is_autocast_enabled(self.device.type) != (self._precision == "bfloat16"):
+            raise ValueError(f"DeepSpeedEngine was made for {self._precision}: give it the precision of the steps")
         return self._engine(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
 
     def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
@@ -168,12 +186,13 @@ class DeepSpeedEngine:
             group["frozen"] = not set(parts).isdisjoint(group["parts"])
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and moments by parameter name, whole on every process; the same names as PlainEngine's."""
+        """Weights and moments by parameter name, whole and in every process's host memory; PlainEngine's names."""
         tensors = {}
         for name, parameter in self._named.items():
             keys = {MODEL: None} | (_MOMENTS if self._updates[name] else {})
             for prefix, key in keys.items():
-                tensors[prefix + name] = self._whole(parameter, key)
+                # one by one: together they would be three models in the device's memory
+                tensors[prefix + name] = self._whole(parameter, key).cpu()
         return tensors | update_counts(self._updates)
 
     @torch.no_grad()

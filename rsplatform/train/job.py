@@ -40,11 +40,17 @@ class WorkerJob:
         """The last step of this run."""
         return self.config.curriculum.num_steps if self.until_step is None else self.until_step
 
-    def resume(self) -> Resume | None:
-        """What to go on from: the newest checkpoint of its own, else the origin's; None at the very beginning.
+    @property
+    def first_step(self) -> int:
+        """The step that it begins at while it has no checkpoint of its own."""
+        return 0 if self.origin is None else self.origin[1]
+
+    def resume(self, own_step: int) -> Resume | None:
+        """Its own checkpoint of a step; for step 0 what it begins from, None at the very beginning.
 
         Raises:
-            FileNotFoundError: the origin is gone.
+            FileNotFoundError: the checkpoint is gone.
         """
-        own = self.checkpoints.latest()
-        return self.origin[0].load(self.origin[1]) if own is None and self.origin is not None else own
+        if own_step:
+            return self.checkpoints.load(own_step)
+        return None if self.origin is None else self.origin[0].load(self.origin[1])

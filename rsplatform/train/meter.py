@@ -7,6 +7,8 @@ Shapes: T tokens.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,13 +26,22 @@ class Devices:
 
 
 @dataclass
+class Spent:
+    """What something took."""
+
+    seconds: float = 0.0
+
+
+@dataclass
 class Window:
-    """Sums since the last report."""
+    """Sums since the last report. `aside_s` is time that is no training's, `save_s` the part of it that saved."""
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     samples_by_size: dict[int, int] = field(default_factory=dict)
     data_wait_s: float = 0.0
+    aside_s: float = 0.0
+    save_s: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -45,9 +56,17 @@ class Window:
         self.data_wait_s += data_wait_s
         self.parts = {name: self.parts.get(name, 0.0) + value for name, value in parts.items()} or self.parts
 
+    @contextmanager
+    def aside(self) -> Iterator[Spent]:
+        """Leave the time of the block out of the pace; afterwards it stands in what is given."""
+        started, spent = time.perf_counter(), Spent()
+        yield spent
+        spent.seconds = time.perf_counter() - started
+        self.aside_s += spent.seconds
+
     def metrics(self, model: MammutConfig, devices: Devices) -> dict[str, float]:
         """Means per accepted step, and the pace of all."""
-        seconds = max(1e-9, time.perf_counter() - self.started)
+        seconds = max(1e-9, time.perf_counter() - self.started - self.aside_s)
         means = {name: value / self.steps for name, value in self.parts.items()}
         per_device = self.samples / seconds / devices.count
         metrics = means | {
@@ -55,6 +74,8 @@ class Window:
             "samples_per_s_per_device": per_device,
             "data_wait_fraction": self.data_wait_s / seconds,
         }
+        if self.save_s:
+            metrics["save_s"] = self.save_s
         if devices.peak_tflops is not None and "tokens_per_text" in means:
             flops = sum(
                 samples * training_flops_per_sample(model, means["tokens_per_text"], image_size)

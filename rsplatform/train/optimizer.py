@@ -67,6 +67,12 @@ class Schedule:
             raise ValueError("schedule: learning_rate must be above 0 and warmup_steps not negative")
         if self.decay not in ("cosine", "wsd", "constant"):
             raise ValueError(f"schedule.decay: {self.decay!r} is not one of cosine, wsd, constant")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(
+                f"schedule.decay_fraction {self.decay_fraction} is not in (0, 1]: the part of the steps that decays"
+            )
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"schedule.final_fraction {self.final_fraction} is not in [0, 1]: the part that is left")
 
     def at(self, step: int, num_steps: int) -> float:
         """Learning rate of step 0 … num_steps - 1; the first step of a warm-up is above 0."""
@@ -158,19 +164,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's parameters, in float32 beside them."""
+    """Exponential moving average of a model's parameters, in float32 beside them.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    `ramps`: the nth update decays by no more than (1 + n) / (10 + n), as TensorFlow's ExponentialMovingAverage with
+    `num_updates` does: a short run's average is not one of its first weights. Without, by `decay` from the start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, ramps: bool = True) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"ema_decay {decay} is not in (0, 1)")
-        self.decay = decay
+        self.decay, self.ramps = decay, ramps
         self.tensors = {name: value.detach().float().clone() for name, value in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's present weights."""
+    def update(self, model: nn.Module, num_updates: int) -> None:
+        """Move the average towards the model's present weights, after `num_updates` such moves before."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates)) if self.ramps else self.decay
         for name, value in model.named_parameters():
-            self.tensors[name].lerp_(value.detach().float(), 1.0 - self.decay)
+            self.tensors[name].lerp_(value.detach().float(), 1.0 - decay)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the average by a stored one."""

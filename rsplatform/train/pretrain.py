@@ -34,6 +34,7 @@ class TrainingDivergedError(RuntimeError):
 class LoopConfig:
     """How long and how; `max_minutes` counts over restarts and stops at the next step.
 
+    `ema_ramps`: AveragedWeights' `ramps`; not for a start from weights that the average is to stay near.
     `micro_batch_size`: samples of one process in memory at once, None all; it changes no number but those of random
     draws. `phase_starts`: steps at which the data change, where the guard forgets earlier losses. `phase_losses`:
     (first step, loss) in their order, where a later loss replaces `loss`. `peak_tflops` of one device in the precision
@@ -45,6 +46,7 @@ class LoopConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float | None = None
+    ema_ramps: bool = True
     max_minutes: float | None = None
     report_every_steps: int = 10
     checkpoint_every_steps: int | None = None
@@ -111,7 +113,11 @@ def fit(
 ) -> Progress:
     """Train from step 0, or from where `resume` (what `hooks.save` got) left off, to `config.num_steps`.
 
-    `batches(start, end)` yields this process's batches of those steps. Saves at the end as well.
+    `batches(start, end)` yields this process's batches of those steps. Saves at the end as well. What is resumed from
+    is let go as soon as it is loaded: it takes no host memory if the caller keeps no reference.
+
+    A validation's row has its `validate_s`; `save_s` is what saving has taken since the last report, and stands in the
+    next one. The pace counts neither.
 
     Raises:
         TrainingDivergedError: more steps in a row than `config.guard` lets pass had to be skipped.
@@ -119,8 +125,8 @@ def fit(
             loss with micro-batches.
     """
     _check_engine(engine, config, hooks)
-    averaged = AveragedWeights(engine.model, config.ema_decay) if config.ema_decay else None
-    progress = _restore(engine, averaged, resume) if resume else Progress()
+    averaged = AveragedWeights(engine.model, config.ema_decay, ramps=config.ema_ramps) if config.ema_decay else None
+    progress, resume = _restore(engine, averaged, resume) if resume else Progress(), None
     world_size = engine.gather.world_size if engine.gather else 1
     devices = Devices(world_size, engine.device, config.peak_tflops)
     started = time.perf_counter() - progress.elapsed_s
@@ -137,7 +143,7 @@ def fit(
             rate = learning_rate(progress.step)
             outcome = _take_step(engine, batch, progress, Plan(config, hooks.auxiliary_loss, rate, votes))
             if averaged and outcome.values:
-                averaged.update(engine.model)
+                averaged.update(engine.model, progress.step - outcome.guard.skipped_steps)
             window.add(outcome.values, len(batch.sample_ids) * world_size, data_wait_s, batch.images_BHWC.shape[1])
             progress = _advance(progress, time.perf_counter() - started, config, outcome)
             is_last = progress.step == config.num_steps or bool(progress.stopped)
@@ -148,9 +154,13 @@ def fit(
                 window = Window()
                 saves = (hooks.wants_checkpoint is not None and hooks.wants_checkpoint()) or saves
             if hooks.validate and (is_last or _is_due(progress.step, config.validate_every_steps)):
-                hooks.report(hooks.validate(), progress.step)
+                with window.aside() as spent:
+                    held_out = hooks.validate()
+                hooks.report(held_out | {"validate_s": spent.seconds}, progress.step)
             if saves:
-                hooks.save(full_state(engine, averaged), progress)
+                with window.aside() as spent:
+                    hooks.save(full_state(engine, averaged), progress)
+                window.save_s += spent.seconds
                 last_save_s = progress.elapsed_s
     return progress
 
@@ -212,7 +222,7 @@ def _restore(engine: Engine, averaged: AveragedWeights | None, resume: Resume) -
     tensors, progress = resume
     engine.load_state(tensors)
     if averaged:
-        averaged.load({name.removeprefix(EMA): value for name, value in tensors.items() if name.startswith(EMA)})
+        averaged.load({name.removeprefix(EMA): tensors[name] for name in tensors if name.startswith(EMA)})
     return progress
 
 

@@ -26,6 +26,7 @@ from rsplatform.train.micro_batch import fitting_micro_batch_size
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import LoopConfig
 from rsplatform.train.traffic import layout_of, model_numbers
+from rsplatform.train.validate import VALIDATION_METRICS
 
 
 class ModelRecipe(Config):
@@ -95,6 +96,11 @@ class PretrainConfig(StageConfig):
     def _the_best_is_measured_and_saved(self) -> "PretrainConfig":
         if self.keep_best is None:
             return self
+        if self.keep_best.metric not in VALIDATION_METRICS:
+            raise ValueError(
+                f"keep_best.metric {self.keep_best.metric!r} is not among what a validation measures: "
+                f"{', '.join(VALIDATION_METRICS)}"
+            )
         if self.ema_decay is not None and self.keep_best.export == "best":
             raise ValueError(
                 "keep_best compares the weights as they are, ema_decay exports their average: drop one, or export last"

@@ -115,9 +115,12 @@ def _prepare_whole(
 
 
 def _prepare_micro_batches(engine: Engine, batch: Batch, step: int, config: StepConfig, size: int) -> PreparedStep:
-    starts = range(0, len(batch.tokens_BT), size)
-    pieces = [batch.rows(start, start + size) for start in starts]
-    whole = outputs_without_graph(engine, pieces, step, config)
+    pieces = _pieces(batch, size)
+    whole = outputs_without_graph(engine, batch, step, config)
+    for name in (*_ROWS, *_SHARED, _SUMMED):
+        leaf = getattr(whole, name)
+        if leaf is not None:
+            leaf.requires_grad_()
     loss, parts = mammut_loss(whole, batch.tokens_BT.to(engine.device), config.loss, engine.gather)
     names = [name for name in (*_ROWS, *_SHARED, _SUMMED) if getattr(whole, name) is not None]
     leaves = [getattr(whole, name) for name in names]
@@ -140,15 +143,20 @@ def _prepare_micro_batches(engine: Engine, batch: Batch, step: int, config: Step
     return PreparedStep(parts, make_gradients)
 
 
+def _pieces(batch: Batch, size: int | None) -> list[Batch]:
+    size = size or len(batch.tokens_BT)
+    return [batch.rows(start, start + size) for start in range(0, len(batch.tokens_BT), size)]
+
+
 @torch.no_grad()
-def outputs_without_graph(engine: Engine, pieces: list[Batch], step: int, config: StepConfig) -> MammutOutput:
-    """The outputs of the whole batch as leaves to differentiate by; hidden states are not kept."""
+def outputs_without_graph(engine: Engine, batch: Batch, step: int, config: StepConfig) -> MammutOutput:
+    """The outputs of this process's batch, run in micro-batches, as the loss reads them; hidden states are not kept."""
     outputs = []
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(_pieces(batch, config.micro_batch_size)):
         output = forward_micro_batch(engine, piece, step, index, config)
         outputs.append(output._replace(caption_hidden_BTD=output.caption_hidden_BTD.new_empty(0)))
     first = outputs[0]
-    whole = first._replace(
+    return first._replace(
         image_embeddings_BE=torch.cat([output.image_embeddings_BE for output in outputs]),
         text_embeddings_BE=torch.cat([output.text_embeddings_BE for output in outputs]),
         logit_scale=first.logit_scale.clone(),
@@ -157,11 +165,6 @@ def outputs_without_graph(engine: Engine, pieces: list[Batch], step: int, config
         caption_token_count=torch.stack([output.caption_token_count for output in outputs]).sum(),
         caption_z_loss_sum=_total([output.caption_z_loss_sum for output in outputs]),
     )
-    for name in (*_ROWS, *_SHARED, _SUMMED):
-        leaf = getattr(whole, name)
-        if leaf is not None:
-            leaf.requires_grad_()
-    return whole
 
 
 def _total(sums: list[Tensor | None]) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Losses and recall on held-out samples: what a sweep minimises and a run reports while it trains.
 
 In: an engine and a loader over the held-out split. Out: mean losses, recall among all of them and its chance. The same
-samples, captions and batches each time. One caption a picture: pinned benchmarks belong to the evaluation stage.
+samples, captions and batches each time, run in pieces that change no metric but by rounding. One caption a picture:
+pinned benchmarks belong to the evaluation stage.
 Shapes: B batch, T tokens, E embedding.
 """
 
@@ -11,11 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsplatform.model.losses import LossConfig, mammut_loss
+from rsplatform.model.losses import mammut_loss
 from rsplatform.model.recall import chance_recall, recall_at_k
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine
 from rsplatform.train.step import StepConfig, outputs_without_graph
+
+# What a validation measures and a recipe may keep the best checkpoint by.
+VALIDATION_METRICS = (
+    *("val_loss", "val_contrastive", "val_caption"),
+    *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)),
+    "val_mean_recall",
+)
 
 
 @dataclass(frozen=True)
@@ -32,25 +40,25 @@ def validation_losses(
     engine: Engine,
     batches: Callable[[int, int], Generator[Batch]],
     num_batches: int,
-    loss: LossConfig,
+    config: StepConfig,
     look: Callable[[HeldOut], None] | None = None,
-    micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Mean `val_loss`, `val_contrastive`, `val_caption`, and in percent `val_i2t_r1` … `val_mean_recall` (recall.py)
-    with `val_chance_…` beside each; every process computes all of it (stage 3 needs each). `look` is shown what they
-    were computed from. `micro_batch_size` samples are in memory at once, None: a batch; in float32."""
+    """The means in `VALIDATION_METRICS`, recalls (recall.py) in percent and with `val_chance_…` beside each.
+
+    Each batch's contrastive loss is that of all its pairs, however small `config.micro_batch_size` is; the model runs
+    in the steps' precision. Every process computes all of it (stage 3 needs each). `look` is shown what they were
+    computed from.
+    """
     sums: dict[str, float] = {}
     images, texts, tokens, sample_ids = [], [], [], []
     engine.model.eval()
     try:
         with torch.no_grad():
             for batch in batches(0, num_batches):
-                size = micro_batch_size or len(batch.tokens_BT)
-                pieces = [batch.rows(start, start + size) for start in range(0, len(batch.tokens_BT), size)]
-                output = outputs_without_graph(engine, pieces, 0, StepConfig(loss))
-                _, parts = mammut_loss(output, batch.tokens_BT.to(engine.device), loss)
-                images.append(output.image_embeddings_BE.detach().double().cpu())
-                texts.append(output.text_embeddings_BE.detach().double().cpu())
+                output = outputs_without_graph(engine, batch, 0, config)
+                _, parts = mammut_loss(output, batch.tokens_BT.to(engine.device), config.loss)
+                images.append(output.image_embeddings_BE.double().cpu())
+                texts.append(output.text_embeddings_BE.double().cpu())
                 tokens += batch.tokens_BT
                 sample_ids += batch.sample_ids
                 for name in ("loss", "contrastive", "caption"):

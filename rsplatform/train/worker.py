@@ -24,23 +24,19 @@ from rsplatform.model.resolution import with_image_size
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, load_model, model_from_tensors
 from rsplatform.train.allocator import keep_freed_memory
-from rsplatform.train.augment import NO_AUGMENTATION
-from rsplatform.train.blocks import BlockConfig, prepare_blocks
-from rsplatform.train.checkpoint import BackgroundWriter, HostImage, KeepBest
+from rsplatform.train.checkpoint import BackgroundWriter, HostImage, agreed_step
 from rsplatform.train.curriculum import RecipeMismatchError
-from rsplatform.train.engine import MODEL, Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.engine import MODEL, Engine, gather_of_default_group
+from rsplatform.train.engines import make_engine
 from rsplatform.train.hardest import write_hardest
+from rsplatform.train.held_out import HeldOutPlace, held_out_validation
 from rsplatform.train.job import WorkerJob
-from rsplatform.train.loader import Loader, LoaderConfig, Share
+from rsplatform.train.loader import Loader, Share
 from rsplatform.train.node_meter import reporting_node
 from rsplatform.train.pretrain import EMA, Hooks, Progress, TrainingDivergedError, fit
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.traffic import layout_of, sent_gb_per_step
-from rsplatform.train.validate import validation_losses
-
-# Enough held-out samples for a steady loss, few enough to cost a small part of the training.
-VALIDATION_SAMPLES = 1024
 
 logger = logging.getLogger("rsplatform.train")
 
@@ -76,23 +72,26 @@ def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = Non
         gather = gather_of_default_group()
         share = Share(gather.rank, gather.world_size) if gather else Share()
         tokenizer = load_tokenizer(job.folder)
-        engine = _engine(job, initial_model(job.config, job.root), share)
+        engine = make_engine(job.config, job.placement, initial_model(job.config, job.root), share)
         config = job.config.loader_config(engine.model.config, job.placement.decode_threads)
         store = SampleStore(job.root, job.config.dataset, job.config.split)
         plan = job.config.curriculum.plan(store.tables, store.weights, job.config.batch_size, job.config.seed)
         loader = Loader(store, tokenizer, plan, config, share)
-        resume = job.resume()
+        own_step = agreed_step(job.checkpoints, gather, engine.device)
+        from_step = own_step or job.first_step
         micro_batch = job.config.chosen_micro_batch_size(engine.model.config, job.placement, share.world_size)
         loop = replace(job.config.loop_config(job.placement, micro_batch), num_steps=job.num_steps)
-        from_step = resume[1].step if resume else 0
         if share.rank == 0 and job.run is not None:
             job.run.log_metrics(_what_the_place_makes_of_it(job, engine, micro_batch), from_step)
         with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:
-            validate = _validation(job, engine, tokenizer, config, share, micro_batch)
+            look = partial(write_hardest, job.folder, tokenizer) if share.rank == 0 else None
+            place = HeldOutPlace(job.root, tokenizer, config, share, micro_batch)
+            validate = held_out_validation(job.config, engine, place, look)
             report = reporting_node(recorder.report, job.run, engine.device, is_first=share.rank == 0)
             curriculum = job.config.curriculum
             hooks = Hooks(report, recorder.save, validate, None, curriculum.frozen_parts, wants_checkpoint)
-            return fit(engine, loader.batches, curriculum.learning_rate, loop, hooks, resume)
+            # handed over without a name here, which would hold it in host memory beside the training
+            return fit(engine, loader.batches, curriculum.learning_rate, loop, hooks, job.resume(own_step))
 
 
 def _what_the_place_makes_of_it(job: WorkerJob, engine: Engine, micro_batch: int | None) -> dict[str, float]:
@@ -123,7 +122,7 @@ def model_of_checkpoint(config: PretrainConfig, root: str, tensors: Mapping[str,
     finished model's weights were last trained at, so that numbers of one run's checkpoints compare.
     """
     prefix = EMA if config.ema_decay is not None else MODEL
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     architecture = initial_model(config, root).config
     model = model_from_tensors(architecture, weights, source)
     return with_image_size(model, config.curriculum.image_sizes(architecture)[-1])
@@ -191,9 +190,6 @@ class Recorder:
         """Copy the state to host memory, and write it beside the training that goes on."""
         if not self.is_first:
             return
-        keep_best = self.job.config.keep_best
-        if keep_best is not None:
-            _check_measured(keep_best, [row for row in self.history if row["step"] == progress.step])
         self._writer.wait()  # before the memory that it writes from is filled again
         data = self._image.fill(tensors, progress)
         self._writer.start(partial(self._write, list(self.history), data, progress.step))
@@ -207,68 +203,10 @@ class Recorder:
         checkpoints.prune(keep=() if best is None else (best,))
 
 
-def _check_measured(keep_best: KeepBest, rows: list[dict[str, float]]) -> None:
-    """A metric that no validation tells would let the best model be pruned: better to stop at the first one."""
-    names = sorted({name for row in rows for name in row} - {"step"})
-    if keep_best.metric not in names and any(name.startswith("val_") for name in names):
-        raise RecipeMismatchError(
-            f"keep_best.metric {keep_best.metric!r} is not among the metrics of a validated step: {', '.join(names)}"
-        )
-
-
 def read_history(folder: str) -> list[dict[str, float]]:
     """Rows of metrics that a run has reported, in order; empty before its first checkpoint."""
     path = f"{folder}/history.json"
     return storage.read_json(path) if storage.exists(path) else []
-
-
-def _engine(job: WorkerJob, model: Mammut, share: Share) -> Engine:
-    if job.placement.gpus_per_worker > 0:
-        model = model.to("cuda")
-    prepare_blocks(model, BlockConfig(job.placement.recompute_every_blocks, job.placement.compile_blocks))
-    if job.placement.engine == "plain":
-        return PlainEngine(model, job.config.optimizer, gather_of_default_group())
-    if job.config.ema_decay is not None and (job.placement.engine == "fsdp" or job.placement.zero_stage == 3):
-        raise RecipeMismatchError(
-            "ema_decay averages whole weights, which fsdp and ZeRO stage 3 shard; "
-            "use the plain engine, deepspeed with zero_stage 2, or no EMA"
-        )
-    # imported here: both take a while to import (DeepSpeed seconds), which plain runs should not pay
-    if job.placement.engine == "fsdp":
-        from rsplatform.train.fsdp import FsdpEngine
-
-        return FsdpEngine(model, job.config.optimizer, shard_size=job.placement.shard_size)
-    from rsplatform.train.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(
-        model,
-        job.config.optimizer,
-        batch_size=job.config.batch_size // share.world_size,
-        zero_stage=job.placement.zero_stage,
-        freezable=job.config.curriculum.freezable,
-    )
-
-
-def _validation(
-    job: WorkerJob, engine: Engine, tokenizer: Tokenizer, config: LoaderConfig, share: Share, micro_batch: int | None
-) -> Callable[[], dict[str, float]] | None:
-    if job.config.validation_split is None:
-        return None
-    store = SampleStore(job.root, job.config.dataset, job.config.validation_split)
-    num_samples = min(len(store), VALIDATION_SAMPLES)
-    batch_size = min(job.config.batch_size, num_samples)
-    num_batches = num_samples // batch_size
-    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0)).numpy()
-    settings = LoaderConfig(
-        config.image_size,
-        config.context_length,
-        augmentation=NO_AUGMENTATION,
-        cache_gb=config.cache_gb,
-        decode_threads=config.decode_threads,
-    )
-    loader = Loader(store, tokenizer, lambda step: order[step * batch_size : (step + 1) * batch_size], settings)
-    look = partial(write_hardest, job.folder, tokenizer) if share.rank == 0 else None
-    return lambda: validation_losses(engine, loader.batches, num_batches, job.config.loss, look, micro_batch)
 
 
 @contextlib.contextmanager

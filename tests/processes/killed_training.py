@@ -156,8 +156,8 @@ def train_one_rank(attempt: Attempt, rank: int) -> None:
     dist.destroy_process_group()
 
 
-def pretrain_until_killed(config: PretrainConfig, cluster: Cluster, kill: Kill, log: Path) -> None:
-    """The front door with launcher "local", by a driver that dies."""
+def pretrain_until_killed(config: PretrainConfig, cluster: Cluster, kill: Kill | None, log: Path) -> None:
+    """The front door with launcher "local", by a driver that dies; without a kill it does not."""
     _speak_into(log)
     Trap(kill, log)
     pretrain(config, cluster)

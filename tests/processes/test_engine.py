@@ -1,4 +1,6 @@
-"""Parity: the same losses and weights on one process, on two, and under every ZeRO stage; checkpoints cross over."""
+"""Parity of DeepSpeed in float32: the same losses, gradients and weights on one, two and four processes and under every
+ZeRO stage as of one plain process; checkpoints cross over. (Plain processes and FSDP2 in float64: test_fsdp.py.)
+"""
 
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch.distributed as dist
 
 from rsplatform.model.losses import LossConfig
 from rsplatform.train.deepspeed import DeepSpeedEngine
-from rsplatform.train.engine import PlainEngine, gather_of_default_group
+from rsplatform.train.engine import FIRST_MOMENT, PlainEngine, gather_of_default_group
 from rsplatform.train.loader import Share
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import Hooks, LoopConfig, fit
@@ -31,22 +33,28 @@ def make_engine(kind: str, loss: LossConfig):
 
 
 def train(kind: str, loss: LossConfig, kind_after: str | None = None) -> dict[str, torch.Tensor]:
-    """A few steps; with `kind_after`, the second half under another engine that got the first one's state."""
+    """A few steps; with `kind_after`, the second half under another engine that got the first one's state.
+
+    Under "gradient/" each parameter's gradient in the first step, clipped: its first moment after it, by 1 - beta1.
+    """
     share = Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else None
-    losses, saved = {}, []
+    losses, saved, gradients = {}, [], {}
 
     def report(metrics: dict[str, float], step: int) -> None:
         losses[step] = [metrics["loss"], metrics["contrastive"], metrics["caption"], metrics["gradient_norm"]]
 
     def save(tensors: dict[str, torch.Tensor], progress) -> None:
         saved[:] = [({name: value.detach().clone() for name, value in tensors.items()}, progress)]
+        if progress.step == 1:
+            moments = {name: value for name, value in saved[0][0].items() if name.startswith(FIRST_MOMENT)}
+            gradients.update({f"gradient/{name}": value / (1 - OPTIMIZER.betas[0]) for name, value in moments.items()})
 
-    hooks = Hooks(report, save)
+    hooks = Hooks(report, save, wants_checkpoint=lambda: len(losses) == 1)
     halves = [kind, kind_after] if kind_after else [kind]
     for half, name in enumerate(halves, 1):
         config = LoopConfig(NUM_STEPS * half // len(halves), seed=3, loss=loss, report_every_steps=1)
         fit(make_engine(name, loss), tiny_loader(share).batches, lambda step: 1e-3, config, hooks, *saved)
-    return saved[0][0] | {"losses": torch.tensor([losses[step] for step in sorted(losses)])}
+    return saved[0][0] | gradients | {"losses": torch.tensor([losses[step] for step in sorted(losses)])}
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -68,8 +76,7 @@ CROSSINGS = (("zero1", "plain"), ("plain", "zero1"), ("zero2", "zero3"), ("zero3
 def train_all(kinds: tuple[str, ...], crossings: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
     """All in one set of processes: importing DeepSpeed costs more than the training."""
     results = {f"plain, {name}": train("plain", loss) for name, loss in LOSSES.items()}
-    results |= {kind: train(kind, LossConfig()) for kind in kinds}
-    results |= {f"{kind}, sigmoid": train(kind, LOSSES["sigmoid"]) for kind in kinds}
+    results |= {f"{kind}, {name}": train(kind, loss) for kind in kinds for name, loss in LOSSES.items()}
     results |= {f"{first} then {second}": train(first, LossConfig(), second) for first, second in crossings}
     return {f"{case}|{name}": value for case, tensors in results.items() for name, value in tensors.items()}
 
@@ -82,13 +89,13 @@ def cases_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
     return cases
 
 
-@pytest.mark.parametrize(("world_size", "crossings"), [(1, ()), (2, CROSSINGS)])
+@pytest.mark.parametrize(("world_size", "crossings"), [(1, ()), (2, CROSSINGS), (4, ())])
 def test_every_engine_and_world_size_trains_the_same_model(tmp_path: Path, world_size: int, crossings) -> None:
     single = {name: train("plain", loss) for name, loss in LOSSES.items()}
     ranks = run_processes(world_size, tmp_path, train_all, ("zero0", "zero1", "zero2", "zero3"), crossings)
     for tensors in ranks:
         cases = cases_of(tensors)
-        assert len(cases) == 11 + len(crossings)
+        assert len(cases) == 5 * len(LOSSES) + len(crossings)
         for case, actual in cases.items():
             name = case.partition(", ")[2]
             assert_same(actual, single[name or "softmax"], 1e-5)

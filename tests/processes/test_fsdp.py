@@ -1,4 +1,6 @@
-"""FSDP2 trains the model of one plain process in float64, at any world size and sharding; checkpoints cross over."""
+"""In float64, at any world size and sharding, plain processes and FSDP2 have the losses and gradients of one plain
+process and train its model; checkpoints cross over.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut
-from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.engine import FIRST_MOMENT, Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.fsdp import FsdpEngine
 from rsplatform.train.loader import Share
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import Hooks, LoopConfig, fit
+from rsplatform.train.step import StepConfig
 from rsplatform.train.validate import validation_losses
 from tests.processes.process_group import run_processes
 from tests.unit.train.tiny_training import tiny_loader, tiny_model
@@ -90,13 +93,21 @@ def one_step(engine: Engine, step: int, loss: LossConfig) -> torch.Tensor:
 
 
 def train(kind: str, case: Case = CASES["softmax"], end: int = NUM_STEPS, given: State | None = None) -> State:
-    """The state at `end`, from step 0 or from a given state, and under "rows" what each step gave."""
+    """The state at `end`, from step 0 or from a given state, and under "rows" what each step gave.
+
+    From step 0 also under "gradient/" each parameter's gradient in it, clipped: its first moment, by 1 - beta1.
+    """
     engine = make_engine(kind, case)
     if given is not None:
         engine.load_state(given)
     start = 0 if given is None else int(given["num_steps"])
-    rows = [one_step(engine, step, case.loss) for step in range(start, end)]
-    return {name: value.clone() for name, value in engine.state().items()} | {"rows": torch.stack(rows)}
+    rows, gradients = [], {}
+    for step in range(start, end):
+        rows.append(one_step(engine, step, case.loss))
+        if step == 0:
+            moments = {name: value for name, value in engine.state().items() if name.startswith(FIRST_MOMENT)}
+            gradients = {f"gradient/{name}": value / (1 - OPTIMIZER.betas[0]) for name, value in moments.items()}
+    return {name: value.clone() for name, value in engine.state().items()} | gradients | {"rows": torch.stack(rows)}
 
 
 def assert_same(actual: State, expected: State, tolerance: float = TOLERANCE) -> None:
@@ -147,7 +158,7 @@ def assert_the_loop_equals() -> None:
         hooks = Hooks(
             report=lambda metrics, step, reported=reported: reported.append({**metrics, "step": step}),
             save=lambda tensors, progress, saved=saved: saved.update(tensors),
-            validate=lambda engine=engine: validation_losses(engine, tiny_loader().batches, 2, LossConfig()),
+            validate=lambda engine=engine: validation_losses(engine, tiny_loader().batches, 2, StepConfig()),
         )
         config = LoopConfig(3, report_every_steps=1, validate_every_steps=1)
         fit(engine, tiny_loader(share).batches, lambda step: 1e-3, config, hooks)
@@ -226,7 +237,7 @@ def split(tensors: State) -> dict[str, State]:
 
 def test_fsdp_trains_the_model_of_one_process(tmp_path: Path) -> None:
     single = {name: train("plain", case) for name, case in CASES.items()}
-    kinds = {1: ("fsdp",), 2: ("plain", "fsdp"), 4: ("fsdp", "fsdp/2")}
+    kinds = {1: ("plain", "fsdp"), 2: ("plain", "fsdp"), 4: ("plain", "fsdp", "fsdp/2")}
     given, last = None, {}
     for world_size, names in kinds.items():
         for tensors in run_processes(world_size, tmp_path / str(world_size), run_all, names, given):
@@ -237,7 +248,8 @@ def test_fsdp_trains_the_model_of_one_process(tmp_path: Path) -> None:
             assert len(cases) == len(names) * len(CASES)
             for key, actual in cases.items():
                 assert_same(actual, single[key.split("|")[1]])
-    assert_same(last, single["softmax"] | {"rows": single["softmax"]["rows"][3:]})
+    expected = {name: value for name, value in single["softmax"].items() if not name.startswith("gradient/")}
+    assert_same(last, expected | {"rows": expected["rows"][3:]})
 
 
 def test_fsdp_without_a_process_group_says_so() -> None:

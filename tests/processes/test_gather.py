@@ -1,8 +1,9 @@
-"""Two processes, each with half of the batch: mean gradients equal those of one process with the whole batch."""
+"""Processes with equal parts of a batch: mean gradients equal those of one process with the whole batch."""
 
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
@@ -11,7 +12,7 @@ from rsplatform.model.gather import FeatureGather
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut, mammut_config
 
-WORLD_SIZE = 2
+BATCH_SIZE = 8
 
 
 def loss_configs() -> list[LossConfig]:
@@ -32,21 +33,22 @@ def model_and_batch(loss: LossConfig) -> tuple[Mammut, torch.Tensor, torch.Tenso
     config = mammut_config(
         "mini", image_size=16, vocab_size=20, context_length=8, **sides, logit_bias=loss.contrastive == "sigmoid"
     )
-    tokens_BT = torch.randint(3, 20, (6, 7))
-    tokens_BT[0, 3:] = 0  # the two halves have different numbers of caption tokens
-    tokens_BT[5] = tokens_BT[1]  # one text stands in both halves
-    return Mammut(config).double(), torch.randn(6, 3, 16, 16, dtype=torch.float64), tokens_BT
+    tokens_BT = torch.randint(3, 20, (BATCH_SIZE, 7))
+    tokens_BT[0, 3:] = 0  # the parts have different numbers of caption tokens
+    tokens_BT[5] = tokens_BT[1]  # one text stands in two parts
+    return Mammut(config).double(), torch.randn(BATCH_SIZE, 3, 16, 16, dtype=torch.float64), tokens_BT
 
 
-def gradients_of_rank(rank: int, folder: str) -> None:
+def gradients_of_rank(rank: int, folder: str, world_size: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     gather = FeatureGather.of_group()
     results = []
     for config in loss_configs():
         model, images_BCHW, tokens_BT = model_and_batch(config)
-        own = slice(rank * 3, rank * 3 + 3)
+        rows = BATCH_SIZE // world_size
+        own = slice(rank * rows, rank * rows + rows)
         loss, parts = mammut_loss(
             model(images_BCHW[own], tokens_BT[own], z_loss_weight=config.z_loss_weight), tokens_BT[own], config, gather
         )
@@ -54,15 +56,16 @@ def gradients_of_rank(rank: int, folder: str) -> None:
         for parameter in model.parameters():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
-        mean_loss = gather.total(parts["loss"]) / WORLD_SIZE
-        results.append(([p.grad / WORLD_SIZE for p in model.parameters() if p.grad is not None], mean_loss))
+        mean_loss = gather.total(parts["loss"]) / world_size
+        results.append(([p.grad / world_size for p in model.parameters() if p.grad is not None], mean_loss))
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
     dist.destroy_process_group()
 
 
-def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
-    spawn(gradients_of_rank, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_gradients_of_several_processes_equal_those_of_one(tmp_path: Path, world_size: int) -> None:
+    spawn(gradients_of_rank, args=(str(tmp_path), world_size), nprocs=world_size)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for config, (gradients, mean_loss) in zip(loss_configs(), results, strict=True):
         model, images_BCHW, tokens_BT = model_and_batch(config)

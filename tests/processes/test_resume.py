@@ -18,7 +18,7 @@ from rsplatform import artifacts, storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.train.job import WorkerJob
-from rsplatform.train.launch import prepare_tokenizer, pretrain
+from rsplatform.train.launch import prepare_tokenizer
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.worker import read_history
 from tests.processes.killed_training import (
@@ -37,7 +37,7 @@ from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 NUM_STEPS, NUM_KILLS = 6, 20
 # What a run is seeded with, and which of the engine's kills it gets: DeepSpeed's are dealt to its stages.
 SHARES = {"plain": (0, 0, 1), "fsdp": (1, 0, 1)} | {f"zero{stage}": (2, stage, 4) for stage in range(4)}
-PACE = ("samples_per_s", "samples_per_s_per_device", "data_wait_fraction")
+PACE = ("samples_per_s", "samples_per_s_per_device", "data_wait_fraction", "validate_s", "save_s")
 State = dict[str, torch.Tensor]
 
 
@@ -75,9 +75,12 @@ def make_recipe(engine: str, **changes) -> PretrainConfig:
 def make_job(root: str, engine: str, folder: Path, **changes) -> WorkerJob:
     config = make_recipe(engine, tokenizer=f"{root}/made/tokenizer/tokenizer.json", **changes)
     prepare_tokenizer(config, Cluster(root=root), str(folder))
+    return WorkerJob(config, root, str(folder), placement_of(engine))
+
+
+def placement_of(engine: str) -> TrainPlacement:
     sharding = {"engine": "deepspeed", "zero_stage": int(engine[-1])} if engine[:4] == "zero" else {"engine": engine}
-    placement = TrainPlacement.model_validate({"launcher": "local"} | sharding)
-    return WorkerJob(config, root, str(folder), placement)
+    return TrainPlacement.model_validate({"launcher": "local"} | sharding)
 
 
 class Run:
@@ -195,22 +198,30 @@ def test_other_numbers_of_processes_see_the_same_samples(
     assert_near(run.states()[NUM_STEPS], single.states()[NUM_STEPS])
 
 
+@pytest.mark.parametrize(
+    ("engine", "places"), [("plain", IN_AN_EXPORT), ("fsdp", IN_AN_EXPORT[1:3]), ("zero3", IN_AN_EXPORT[1:3])]
+)
 def test_a_driver_lost_at_the_end_is_resumed_by_the_same_command(
-    server: ForkServerContext, root: str, tmp_path: Path
+    server: ForkServerContext, root: str, tmp_path: Path, engine: str, places: tuple[str, ...]
 ) -> None:
     """Killed while it exports the model or writes the manifest: the artifact is unfinished, then whole."""
-    cluster = Cluster(root=root, train=TrainPlacement(launcher="local"))
-    undisturbed = pretrain(make_recipe("plain", output="model/undisturbed/v1"), cluster)
-    for place in IN_AN_EXPORT:
-        config = make_recipe("plain", output=f"model/{place.replace(' ', '_')}/v1")
-        log = tmp_path / f"{place}.log"
-        driver = server.Process(target=pretrain_until_killed, args=(config, cluster, Kill(place, 0, 0), log))
+    cluster = Cluster(root=root, train=placement_of(engine))
+
+    def drive(name: str, kill: Kill | None) -> Artifact:
+        config, log = make_recipe(engine, output=f"model/{engine}_{name}/v1"), tmp_path / f"{name}.log"
+        driver = server.Process(target=pretrain_until_killed, args=(config, cluster, kill, log))
         driver.start()
         driver.join(PATIENCE_S)
-        assert driver.exitcode == -signal.SIGKILL, log.read_text()
-        assert not Artifact(root, config.output).is_finished
-        assert pretrain(config, cluster).is_finished
-        artifact = Artifact(root, config.output)
+        assert driver.exitcode == (0 if kill is None else -signal.SIGKILL), log.read_text()
+        return Artifact(root, config.output)
+
+    undisturbed = drive("undisturbed", None)
+    for place in places:
+        name = place.replace(" ", "_")
+        artifact = drive(name, Kill(place, 0, 0))
+        assert not artifact.is_finished
+        drive(name, None)
+        assert artifact.is_finished
         artifacts.verify(artifact)
         assert_bitwise(*(load_file(Path(made.uri) / "model" / "model.safetensors") for made in (artifact, undisturbed)))
         assert not [name for name in storage.list_files(artifact.uri) if name.endswith(".tmp")]

@@ -127,8 +127,14 @@ def test_a_machine_that_is_taken_away_leaves_its_share_to_the_others(
     changes = {"phases": [{"name": "longer", "steps": 800, "schedule": schedule}], "checkpoint_every_steps": None}
     recipe = STEADY | LONG | changes
     alone = train(cluster, "unshared", LOCAL, **recipe)
-    budgets = {"max_failures": 0, "max_preemptions": 1}
-    placement = TrainPlacement(num_workers=2, min_workers=1, cpus_per_worker=2, checkpoint_every_minutes=60, **budgets)
+    placement = TrainPlacement(
+        num_workers=2,
+        min_workers=1,
+        cpus_per_worker=2,
+        checkpoint_every_minutes=60,
+        max_failures=0,
+        max_preemptions=1,
+    )
     client = MlflowClient(tracking_uri(cluster.root))
     with second_machine() as machine, once(Path(cluster.root), lambda: terminate_if_it_trains(machine, client)):
         elastic = train(cluster, "elastic", placement, **recipe)

@@ -53,6 +53,19 @@ def test_paces_means_and_use_of_the_devices() -> None:
     assert "mfu" not in window.metrics(model, Devices(4, torch.device("cpu")))
 
 
+def test_what_is_set_aside_is_no_training() -> None:
+    window = Window(started=time.perf_counter() - 2.0)
+    window.add({"loss": 3.0}, 40, 0.0, IMAGE_SIZE)
+    window.aside_s, window.save_s = 1.0, 0.25
+    with window.aside() as spent:
+        time.sleep(0.01)
+    assert spent.seconds >= 0.01
+    assert window.aside_s == 1.0 + spent.seconds
+    metrics = window.metrics(tiny_model().config, Devices(1, torch.device("cpu")))
+    assert metrics["samples_per_s"] == pytest.approx(40.0, rel=0.2)
+    assert metrics["save_s"] == 0.25
+
+
 def test_a_window_of_skipped_steps_has_a_pace_only() -> None:
     window = Window()
     window.add({}, 8, 0.0, IMAGE_SIZE)

@@ -103,12 +103,29 @@ def test_the_moving_average_is_the_weighted_sum_of_the_past() -> None:
     values = [3.0, 5.0, -1.0]
     with torch.no_grad():
         model.weight.fill_(2.0)
-        averaged = AveragedWeights(model, 0.9)
-        for value in values:
+        averaged = AveragedWeights(model, 0.9, ramps=False)
+        for number, value in enumerate(values):
             model.weight.fill_(value)
-            averaged.update(model)
+            averaged.update(model, number)
     expected = 2.0 * 0.9**3 + sum(value * 0.1 * 0.9 ** (2 - index) for index, value in enumerate(values))
     assert averaged.tensors["weight"].item() == pytest.approx(expected)
+
+
+def test_a_short_runs_average_has_forgotten_the_first_weights() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        averaged, left = AveragedWeights(model, 0.999), 1.0
+        model.weight.fill_(0.0)
+        for number in range(500):
+            averaged.update(model, number)
+            left *= min(0.999, (1 + number) / (10 + number))
+            assert averaged.tensors["weight"].item() == pytest.approx(left)
+    assert left < 1e-6
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        averaged.update(model, 10**6)
+    assert averaged.tensors["weight"].item() == pytest.approx(0.001, rel=1e-3)
 
 
 def test_bad_numbers_are_refused() -> None:
@@ -118,6 +135,14 @@ def test_bad_numbers_are_refused() -> None:
         OptimizerConfig(layer_decay=1.5)
     with pytest.raises(ValueError, match="learning_rate"):
         Schedule(0.0)
+    for fraction in (0.0, -0.2, 1.5):
+        with pytest.raises(ValueError, match=r"decay_fraction .* is not in \(0, 1\]"):
+            Schedule(1.0, decay="wsd", decay_fraction=fraction)
+    with pytest.raises(ValueError, match="final_fraction 2 is not in"):
+        Schedule(1.0, final_fraction=2)
+    with pytest.raises(ValueError, match=r"phase web: schedule.warmup_steps 6 is more than its 5 steps"):
+        Phase("web", 5, Schedule(1.0, warmup_steps=6))
+    Phase("web", 5, Schedule(1.0, warmup_steps=5, decay_fraction=1.0))
 
 
 TABLES = ["web_pairs/a/v1"] * 30 + ["chips/a/v1"] * 10

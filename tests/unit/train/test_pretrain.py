@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from rsplatform.train.checkpoint import CheckpointError, CheckpointFolder
 from rsplatform.train.engine import PlainEngine
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import Hooks, LoopConfig, Progress, TrainingDivergedError, fit
-from rsplatform.train.validate import validation_losses
+from rsplatform.train.step import StepConfig
+from rsplatform.train.validate import VALIDATION_METRICS, validation_losses
 from tests.unit.train.tiny_training import tiny_loader, tiny_model
 
 NUM_STEPS = 12
@@ -106,11 +108,30 @@ def test_reports_tell_losses_pace_and_rate(tmp_path: Path) -> None:
     assert sorted(reports) == [5, 10, 12]
     expected = "loss contrastive caption logit_scale gradient_norm learning_rate skipped_steps"
     expected += " tokens_per_text longest_text_tokens"
-    pace = "samples_per_s samples_per_s_per_device data_wait_fraction"
+    pace = "samples_per_s samples_per_s_per_device data_wait_fraction save_s"
     assert set(reports[5]) == {*expected.split(), *pace.split()}
     assert reports[5]["samples_per_s"] == reports[5]["samples_per_s_per_device"]
     assert 5 < reports[5]["tokens_per_text"] <= reports[5]["longest_text_tokens"] <= 16
     assert reports[12]["loss"] < reports[5]["loss"]
+
+
+def test_the_pace_is_that_of_the_training_alone() -> None:
+    """Slow validations and checkpoints take no part in it, also where they fall between two reports."""
+    rows: list[dict[str, float]] = []
+
+    def validate() -> dict[str, float]:
+        time.sleep(0.1)
+        return {"val_loss": 1.0}
+
+    hooks = Hooks(lambda metrics, step: rows.append(metrics), lambda tensors, progress: time.sleep(0.1), validate)
+    config = LoopConfig(6, report_every_steps=2, validate_every_steps=1, checkpoint_every_steps=3)
+    started = time.perf_counter()
+    fit(PlainEngine(tiny_model(), OptimizerConfig()), tiny_loader().batches, lambda step: 1e-3, config, hooks)
+    elapsed_s = time.perf_counter() - started
+    training_s = sum(2 * 8 / row["samples_per_s"] for row in rows if "loss" in row)
+    assert training_s < elapsed_s - 0.8  # 6 validations and 2 checkpoints
+    assert [row["validate_s"] >= 0.1 for row in rows if "val_loss" in row] == [True] * 6
+    assert ["save_s" in row for row in rows if "loss" in row] == [False, False, True]
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
@@ -149,13 +170,11 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
 def test_validation_is_repeatable_and_leaves_the_model_training() -> None:
     engine = PlainEngine(tiny_model(patch_dropout=0.5), OptimizerConfig())
     loader = tiny_loader()
-    first = validation_losses(engine, loader.batches, 2, LossConfig())
-    assert first == validation_losses(engine, loader.batches, 2, LossConfig())
-    in_pieces = validation_losses(engine, loader.batches, 2, LossConfig(), micro_batch_size=3)
-    assert in_pieces == pytest.approx(first, rel=1e-5)
-    recalls = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"mean_recall"}
-    names = {"loss", "contrastive", "caption"} | recalls | {f"chance_{name}" for name in recalls}
-    assert set(first) == {f"val_{name}" for name in names}
+    first = validation_losses(engine, loader.batches, 2, StepConfig())
+    assert first == validation_losses(engine, loader.batches, 2, StepConfig())
+    chances = {name for name in first if name.startswith("val_chance_")}
+    assert len(chances) == 7
+    assert set(first) - chances == set(VALIDATION_METRICS)
     assert engine.model.training
 
 
@@ -167,10 +186,10 @@ def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> Non
     """What the loader knows of the pictures' scale reaches the model, and the loss's weights reach its forward."""
     loss = LossConfig("sigmoid", z_loss_weight=1e-2)
     engine, reports = PlainEngine(options_model(), OptimizerConfig()), []
-    before = validation_losses(engine, tiny_loader().batches, 2, loss)
+    before = validation_losses(engine, tiny_loader().batches, 2, StepConfig(loss))
     hooks = Hooks(lambda metrics, step: reports.append(metrics), lambda tensors, progress: None)
     fit(engine, tiny_loader().batches, lambda step: 2e-3, LoopConfig(30, loss=loss, report_every_steps=30), hooks)
-    after = validation_losses(engine, tiny_loader().batches, 2, loss)
+    after = validation_losses(engine, tiny_loader().batches, 2, StepConfig(loss))
     assert all(after[f"val_{name}"] < before[f"val_{name}"] for name in ("loss", "contrastive", "caption"))
     assert {"logit_bias", "z_loss"} <= set(reports[0])
     learned, start = engine.model.state_dict(), options_model().state_dict()
@@ -181,7 +200,7 @@ def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> Non
 def test_validation_recall_is_that_of_all_held_out_pairs_together() -> None:
     """Over the batches, not within each: 16 pictures, and as the evaluation computes it."""
     engine, loader = PlainEngine(tiny_model(), OptimizerConfig()), tiny_loader()
-    found = validation_losses(engine, loader.batches, 2, LossConfig())
+    found = validation_losses(engine, loader.batches, 2, StepConfig())
     batches = list(loader.batches(0, 2))
     model = engine.model.eval()
     with torch.no_grad():

@@ -1,0 +1,28 @@
+"""A worker that resumes lets go of what it resumed from."""
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+
+from rsplatform.cluster import Cluster, TrainPlacement
+from rsplatform.train.launch import prepare_tokenizer
+from rsplatform.train.recipe import PretrainConfig
+from rsplatform.train.worker import WorkerJob, run_worker
+from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
+
+
+def test_a_restored_checkpoint_does_not_stay_in_memory(tmp_path: Path) -> None:
+    make_tiny_dataset(str(tmp_path))
+    config = PretrainConfig(**tiny_recipe(ema_decay=0.5, report_every_steps=1, max_minutes=1e-9))
+    folder, states = str(tmp_path / "run"), []
+    prepare_tokenizer(config, Cluster(root=str(tmp_path)), folder)
+
+    def count_states(metrics: Mapping[str, float], step: int) -> None:
+        every = gc.get_objects()
+        states.append((step, sum(type(each) is dict and "exp_avg/log_logit_scale" in each for each in every)))
+
+    placement = TrainPlacement(launcher="local")
+    assert run_worker(WorkerJob(config, str(tmp_path), folder, placement)).step == 1
+    config = config.model_copy(update={"max_minutes": None})
+    run_worker(WorkerJob(config, str(tmp_path), folder, placement, on_report=count_states))
+    assert [count for step, count in states if step > 1] == [0] * len(states)
