@@ -124,7 +124,7 @@ def test_the_loss_over_many_pairs_is_reckoned_with(contrastive) -> None:
     config = mammut_config("mini", **SIZES, embedding_width=width)
     shape = SampleShape(config, IMAGE_SIZE, NUM_TOKENS)
     worker = WorkerStep(shape, Layout("plain", 1), model_numbers(config), num_samples, contrastive)
-    assert 0.85 * contrastive_bytes(worker) < live.peak <= contrastive_bytes(worker)
+    assert 0.8 * contrastive_bytes(worker) < live.peak <= contrastive_bytes(worker)
 
 
 def paper_step(**changes) -> WorkerStep:
@@ -152,7 +152,8 @@ def test_what_is_sharded_or_recomputed_makes_room() -> None:
     held = [held_bytes(replace(plain, layout=Layout(engine, 64)), is_split=True) for engine in ("plain", "zero1")]
     assert held == sorted(held, reverse=True)
     whole, split = (held_bytes(replace(plain, layout=Layout("fsdp", 64)), is_split=flag) for flag in (False, True))
-    assert split - whole == pytest.approx(4 * plain.numbers.total * 63 / 64)
+    waiting = plain.numbers.text_blocks  # gradients of the contrastive pass
+    assert split - whole == pytest.approx(4 * (plain.numbers.total * 63 / 64 + waiting))
     averaging = held_bytes(replace(plain, keeps_average=True), is_split=False)
     assert averaging - held_bytes(plain, is_split=False) == 4 * plain.numbers.total
     assert held_bytes(plain, is_split=False) == state_bytes(Layout("plain", 4), plain.numbers, autocasts=True)

@@ -1,7 +1,5 @@
 """The use of a node: readings in range, who reads, and that they travel with the report."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -25,21 +23,14 @@ def test_cores_and_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
     assert values["system/node_3/system_memory_usage_megabytes"] > 10
 
 
-def test_each_pace_brings_a_reading_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run = tracking.start_run(str(tmp_path), "tests", "node", {}, tags={})
-    seen: list[int] = []
-
-    def report(metrics: dict[str, float], step: int) -> None:
-        seen.append(step)
-        run.log_metrics(metrics, step)
-
-    both = reporting_node(report, run, CPU, is_first=True)
+def test_each_pace_brings_a_reading_that_the_first_workers_report_sends() -> None:
+    run = tracking.Run("http://127.0.0.1:9", "1")
+    waiting_at_report: list[int] = []
+    both = reporting_node(lambda metrics, step: waiting_at_report.append(len(run.outbox.rows)), run, CPU, is_first=True)
     both({"samples_per_s": 1.0}, 4)
-    rows = run.latest_metrics()
-    assert "system/node_0/cpu_utilization_percentage" in rows and rows["samples_per_s"] == 1.0
     both({"val_loss": 1.0}, 5)
-    assert seen == [4, 5] and not run.outbox.rows
+    assert waiting_at_report == [3, 3] and not run.outbox.is_server_away, "queued, not sent by itself"
+    assert {(name.split("/")[1], step) for name, _, _, step in run.outbox.rows} == {("node_0", 4)}
 
 
 def test_only_the_first_worker_of_a_node_reads_and_only_where_it_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
