@@ -1,15 +1,14 @@
 """Two processes, each with half of the batch: mean gradients equal those of one process with the whole batch."""
 
-import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut, mammut_config
+from tests.processes.process_group import run_processes
 
 WORLD_SIZE = 2
 
@@ -38,36 +37,34 @@ def model_and_batch(loss: LossConfig) -> tuple[Mammut, torch.Tensor, torch.Tenso
     return Mammut(config).double(), torch.randn(6, 3, 16, 16, dtype=torch.float64), tokens_BT
 
 
-def gradients_of_rank(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
-    gather = FeatureGather.of_group()
-    results = []
-    for config in loss_configs():
+def gradients_of_rank() -> dict[str, torch.Tensor]:
+    """By loss and parameter, the mean gradients and the mean loss of both processes."""
+    gather, rank = FeatureGather.of_group(), dist.get_rank()
+    results = {}
+    for number, config in enumerate(loss_configs()):
         model, images_BCHW, tokens_BT = model_and_batch(config)
         own = slice(rank * 3, rank * 3 + 3)
         loss, parts = mammut_loss(
             model(images_BCHW[own], tokens_BT[own], z_loss_weight=config.z_loss_weight), tokens_BT[own], config, gather
         )
         loss.backward()
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
-        mean_loss = gather.total(parts["loss"]) / WORLD_SIZE
-        results.append(([p.grad / WORLD_SIZE for p in model.parameters() if p.grad is not None], mean_loss))
-    if rank == 0:
-        torch.save(results, Path(folder) / "results.pt")
-    dist.destroy_process_group()
+            results[f"{number}|{name}"] = parameter.grad / WORLD_SIZE
+        results[f"{number}|loss"] = gather.total(parts["loss"]) / WORLD_SIZE
+    return results
 
 
-def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
-    spawn(gradients_of_rank, args=(str(tmp_path),), nprocs=WORLD_SIZE)
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
-    for config, (gradients, mean_loss) in zip(loss_configs(), results, strict=True):
-        model, images_BCHW, tokens_BT = model_and_batch(config)
-        loss, _ = mammut_loss(model(images_BCHW, tokens_BT, z_loss_weight=config.z_loss_weight), tokens_BT, config)
-        loss.backward()
-        torch.testing.assert_close(mean_loss, loss.detach(), rtol=1e-12, atol=1e-12)
-        for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12, msg=f"{config} {name}")
+def test_gradients_of_two_processes_equal_those_of_one(tmp_path: Path) -> None:
+    for results in run_processes(WORLD_SIZE, tmp_path, gradients_of_rank):
+        for number, config in enumerate(loss_configs()):
+            model, images_BCHW, tokens_BT = model_and_batch(config)
+            loss, _ = mammut_loss(model(images_BCHW, tokens_BT, z_loss_weight=config.z_loss_weight), tokens_BT, config)
+            loss.backward()
+            found = {name.split("|")[1]: value for name, value in results.items() if name.startswith(f"{number}|")}
+            torch.testing.assert_close(found.pop("loss"), loss.detach(), rtol=1e-12, atol=1e-12)
+            expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+            assert found.keys() == expected.keys()
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=f"{config} {name}")
