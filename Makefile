@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 ROOT ?= artifacts
 RECIPE ?= world
 CLUSTER ?= cluster/local.yaml
+# Tests that start no runtime and no server run beside each other in so many processes, of one thread and ~2 GB each.
+TEST_PROCESSES ?= 2
+BESIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 # Minutes altogether. Left out: rsicd.py, which trains for a quarter of an hour a run (make bench-rsicd).
@@ -37,10 +40,11 @@ real: $(VENV)/.run
 	$(BIN)/python jobs/demo.py configs/demo/real.yaml $(CLUSTER)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 15 $(BESIDE) tests --ignore tests/ray --ignore tests/e2e
+	$(BIN)/python -m pytest --durations 15 tests/ray tests/e2e
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(BESIDE) tests/unit
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

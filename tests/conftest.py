@@ -1,9 +1,17 @@
 """Fixtures that every room of the tests shares."""
 
+import contextlib
+import gc
 import os
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
+
+from rsplatform import tracking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -30,10 +38,48 @@ def _tracking_stays_in_test_folders() -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _new_databases_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow makes a database by all migrations of its history, which take 1.5 s: here once a session, then copied."""
+    empty, real_client = tmp_path_factory.mktemp("mlflow") / "mlflow.db", tracking._client
+
+    def client_of_a_copy(uri: str) -> Any:
+        database = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///") and not database.exists():
+            if not empty.exists():
+                real_client(f"sqlite:///{empty}").search_experiments()
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                contextlib.closing(sqlite3.connect(empty)) as made,
+                contextlib.closing(sqlite3.connect(database)) as new,
+            ):
+                made.backup(new)
+        return real_client(uri)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_client", client_of_a_copy)
+        yield
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> str:
     """An empty artifact root."""
     return str(tmp_path / "artifacts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No example of a property has to be fast; tests beside each other (pytest-xdist) leave the cores to the others."""
+    settings.register_profile("any_machine", settings.default, deadline=None)
+    settings.load_profile("any_machine")
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
+    gc.disable()  # while the tests' modules and all that they import are read: nothing of it becomes garbage
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of the imported libraries stay, so that no later collection walks through them."""
+    gc.freeze()
+    gc.enable()
 
 
 # In CI nothing else may be skipped: a test that cannot run there is a failure of the setup.
@@ -50,7 +96,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Turn forbidden skips into a failure where CI is set."""
+    """Turn forbidden skips into a failure where CI is set; pytest-xdist's first process hears of all of them."""
     if os.environ.get("CI") and _forbidden_skips:
         print("\nskipped in CI, which only absent real data or a GPU may do:", *_forbidden_skips, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

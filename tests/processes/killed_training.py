@@ -8,14 +8,13 @@ the files of this process.
 import contextlib
 import faulthandler
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -69,23 +68,6 @@ class Attempt:
     def log(self, rank: int) -> Path:
         """One line with the step that a process starts from, then one for each step with its sample ids."""
         return self.folder / f"attempt-{self.number}-rank-{rank}.jsonl"
-
-
-def start_server() -> ForkServerContext:
-    """The server has imported everything but runs nothing: its forks are clean."""
-    context = multiprocessing.get_context("forkserver")
-    # pytest is the main module; the first optimizer imports torch._dynamo, which takes longer than a whole attempt
-    context.set_forkserver_preload(["pytest", "torch._dynamo", "deepspeed", "rsplatform.train.fsdp", __name__])
-    environment = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    forkserver.ensure_running()
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-    return context
 
 
 def run_attempt(context: ForkServerContext, attempt: Attempt) -> bool:

@@ -1,16 +1,15 @@
 """Processes with equal parts of a batch: mean gradients equal those of one process with the whole batch."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut, mammut_config
+from tests.processes.process_group import run_processes
 
 BATCH_SIZE = 8
 
@@ -39,13 +38,11 @@ def model_and_batch(loss: LossConfig) -> tuple[Mammut, torch.Tensor, torch.Tenso
     return Mammut(config).double(), torch.randn(BATCH_SIZE, 3, 16, 16, dtype=torch.float64), tokens_BT
 
 
-def gradients_of_rank(rank: int, folder: str, world_size: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    gather = FeatureGather.of_group()
-    results = []
-    for config in loss_configs():
+def gradients_of_rank() -> dict[str, torch.Tensor]:
+    """By loss and parameter, the mean gradients and the mean loss of all processes."""
+    gather, rank, world_size = FeatureGather.of_group(), dist.get_rank(), dist.get_world_size()
+    results = {}
+    for number, config in enumerate(loss_configs()):
         model, images_BCHW, tokens_BT = model_and_batch(config)
         rows = BATCH_SIZE // world_size
         own = slice(rank * rows, rank * rows + rows)
@@ -53,24 +50,24 @@ def gradients_of_rank(rank: int, folder: str, world_size: int) -> None:
             model(images_BCHW[own], tokens_BT[own], z_loss_weight=config.z_loss_weight), tokens_BT[own], config, gather
         )
         loss.backward()
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
-        mean_loss = gather.total(parts["loss"]) / world_size
-        results.append(([p.grad / world_size for p in model.parameters() if p.grad is not None], mean_loss))
-    if rank == 0:
-        torch.save(results, Path(folder) / "results.pt")
-    dist.destroy_process_group()
+            results[f"{number}|{name}"] = parameter.grad / world_size
+        results[f"{number}|loss"] = gather.total(parts["loss"]) / world_size
+    return results
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_gradients_of_several_processes_equal_those_of_one(tmp_path: Path, world_size: int) -> None:
-    spawn(gradients_of_rank, args=(str(tmp_path), world_size), nprocs=world_size)
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
-    for config, (gradients, mean_loss) in zip(loss_configs(), results, strict=True):
-        model, images_BCHW, tokens_BT = model_and_batch(config)
-        loss, _ = mammut_loss(model(images_BCHW, tokens_BT, z_loss_weight=config.z_loss_weight), tokens_BT, config)
-        loss.backward()
-        torch.testing.assert_close(mean_loss, loss.detach(), rtol=1e-12, atol=1e-12)
-        for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12, msg=f"{config} {name}")
+    for results in run_processes(world_size, tmp_path, gradients_of_rank):
+        for number, config in enumerate(loss_configs()):
+            model, images_BCHW, tokens_BT = model_and_batch(config)
+            loss, _ = mammut_loss(model(images_BCHW, tokens_BT, z_loss_weight=config.z_loss_weight), tokens_BT, config)
+            loss.backward()
+            found = {name.split("|")[1]: value for name, value in results.items() if name.startswith(f"{number}|")}
+            torch.testing.assert_close(found.pop("loss"), loss.detach(), rtol=1e-12, atol=1e-12)
+            expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+            assert found.keys() == expected.keys()
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=f"{config} {name}")

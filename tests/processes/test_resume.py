@@ -30,8 +30,8 @@ from tests.processes.killed_training import (
     Kill,
     pretrain_until_killed,
     run_attempt,
-    start_server,
 )
+from tests.processes.process_group import start_server
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 NUM_STEPS, NUM_KILLS = 6, 20

@@ -1,9 +1,5 @@
 """The loop: N steps equal k steps, an end of any kind, and N - k steps, bitwise; it stops when it is told to."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,14 +18,6 @@ from rsplatform.train.validate import VALIDATION_METRICS, validation_losses
 from tests.unit.train.tiny_training import tiny_loader, tiny_model
 
 NUM_STEPS = 12
-REPOSITORY = Path(__file__).resolve().parents[3]
-
-# Prints each step as it is saved and goes on, until somebody kills it.
-CHILD = """
-import sys
-from tests.unit.train.test_pretrain import train
-train(sys.argv[1], 10_000, on_save=lambda step: print(step, flush=True))
-"""
 
 
 def train(folder: str | Path, num_steps: int = NUM_STEPS, on_save=None, reports: dict | None = None, **settings):
@@ -70,23 +58,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
 @pytest.mark.parametrize("num_before", [1, 5, 11])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, uninterrupted, num_before: int) -> None:
     train(tmp_path, num_before)
-    assert_bitwise(train(tmp_path)[1], uninterrupted)
-
-
-def test_a_killed_process_resumes_exactly(tmp_path: Path, uninterrupted) -> None:
-    """kill -9 in the middle of a real process's training, then go on from what it left."""
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) >= 4:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-    assert process.wait() == -signal.SIGKILL
-    steps = CheckpointFolder(str(tmp_path)).steps()
-    for step in steps:  # the child may have been a few steps further than we read
-        if step >= NUM_STEPS:
-            (tmp_path / f"step_{step:08d}.safetensors").unlink()
     assert_bitwise(train(tmp_path)[1], uninterrupted)
 
 
