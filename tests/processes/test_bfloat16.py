@@ -1,7 +1,7 @@
 """bfloat16 under every engine: the forward runs in it, gradients and what crosses the network stay float32.
 
 Two processes each, against plain bfloat16 training. The machines that we train on answer a question that DeepSpeed asks
-(is torch.autocast on, without a device) for CUDA; here it is answered for the CPU, in half of the cases.
+(is torch.autocast on, without a device) for CUDA; here, where it would always hear no, it is answered for the CPU.
 """
 
 from pathlib import Path
@@ -72,7 +72,8 @@ def train(kind: str, config: StepConfig = BFLOAT16) -> dict[str, Tensor]:
             prepared = prepare_step(engine, batch, step, config)
             prepared.make_gradients()
             engine.step(1e-3)
-        assert sent.dtypes == {torch.float32}, f"{kind}: {sent.dtypes}"
+        # stage 3 adds up the gradient's norm in float64
+        assert torch.float32 in sent.dtypes <= {torch.float32, torch.float64}, f"{kind}: {sent.dtypes}"
         losses.append(prepared.parts["loss"].double())
     held_out = validation_losses(engine, tiny_loader().batches, 2, config)
     tensors = {name: value.clone() for name, value in engine.state().items()}
@@ -92,22 +93,22 @@ def hidden_dtypes(kind: str) -> set[torch.dtype]:
     return dtypes
 
 
-def train_all(answers_for_cpu: bool) -> dict[str, Tensor]:
+def train_all() -> dict[str, Tensor]:
     """All engines in one set of processes: importing DeepSpeed costs more than the training."""
-    if answers_for_cpu:
-        is_enabled = torch.is_autocast_enabled
-        torch.is_autocast_enabled = lambda device_type="cpu": is_enabled(device_type)
     for kind in KINDS:
         assert hidden_dtypes(kind) == {torch.bfloat16}, kind
+    is_enabled = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda device_type="cpu": is_enabled(device_type)
+    for kind in KINDS:
+        assert hidden_dtypes(kind) == {torch.bfloat16}, f"{kind}, asked without a device"
     with pytest.raises(ValueError, match="made for bfloat16"):
         forward_micro_batch(make_engine("zero1"), batches()[0], 0, 0, StepConfig())
     results = {kind: train(kind) for kind in KINDS} | {"float32": train("plain", StepConfig())}
     return {f"{kind}|{name}": value for kind, state in results.items() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("answers_for_cpu", [False, True])
-def test_every_engine_trains_in_bfloat16_as_the_plain_one_does(tmp_path: Path, answers_for_cpu: bool) -> None:
-    for tensors in run_processes(WORLD_SIZE, tmp_path, train_all, answers_for_cpu):
+def test_every_engine_trains_in_bfloat16_as_the_plain_one_does(tmp_path: Path) -> None:
+    for tensors in run_processes(WORLD_SIZE, tmp_path, train_all):
         # the losses before the first update: the same weights, rounded alike
         first = {kind: tensors[f"{kind}|losses"][0].item() for kind in (*KINDS, "float32")}
         assert abs(first["float32"] - first["plain"]) > 1e-4
