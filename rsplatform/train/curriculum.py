@@ -49,11 +49,6 @@ class Phase:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"phase {self.name}: steps {self.steps} must be at least 1")
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(
-                f"phase {self.name}: schedule.warmup_steps {self.schedule.warmup_steps} is more than its {self.steps} "
-                "steps: the learning rate would never be reached"
-            )
         check_parts(self.freeze, f"phase {self.name}: freeze")
         if covers_all(self.freeze):
             raise ValueError(f"phase {self.name}: freeze names the whole model; leave a part out to train it")
@@ -76,6 +71,13 @@ class Curriculum:
     def __post_init__(self) -> None:
         if self.phases and self.phases[0].continues:
             raise ValueError(f"phase {self.phases[0].name} continues, but it is the first: leave `continues` out")
+        for index, phase in enumerate(self.phases):
+            _, num_steps = self._whole(index)
+            if phase.schedule.warmup_steps > num_steps:
+                raise ValueError(
+                    f"phase {phase.name}: schedule.warmup_steps {phase.schedule.warmup_steps} is more than its "
+                    f"{num_steps} steps: the learning rate would never be reached"
+                )
 
     @property
     def num_steps(self) -> int:

@@ -64,7 +64,8 @@ def test_a_batch_larger_than_the_validation_is_validated_in_a_steps_pieces(tmp_p
     sizes, seen, found = follow_sizes(engine), [], []
     for changes, share in (({}, Share(1, 2)), ({"micro_batch_size": 256}, Share())):
         config = PretrainConfig(**tiny_recipe(batch_size=1100, **changes))
-        place = HeldOutPlace(str(tmp_path), tokenizer, config.loader_config(engine.model.config, 1), share)
+        settings = config.loader_config(engine.model.config, 1)
+        place = HeldOutPlace(str(tmp_path), tokenizer, settings, share, config.micro_batch_size)
         validate = held_out_validation(config, engine, place, seen.append)
         assert validate is not None
         found.append(validate())

@@ -141,8 +141,10 @@ def test_bad_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="final_fraction 2 is not in"):
         Schedule(1.0, final_fraction=2)
     with pytest.raises(ValueError, match=r"phase web: schedule.warmup_steps 6 is more than its 5 steps"):
-        Phase("web", 5, Schedule(1.0, warmup_steps=6))
-    Phase("web", 5, Schedule(1.0, warmup_steps=5, decay_fraction=1.0))
+        Curriculum([Phase("web", 5, Schedule(1.0, warmup_steps=6))])
+    whole = Schedule(1.0, warmup_steps=5, decay_fraction=1.0)
+    Curriculum([Phase("web", 5, whole)])
+    Curriculum([Phase("web", 3, whole), Phase("web", 2, whole, continues=True)])
 
 
 TABLES = ["web_pairs/a/v1"] * 30 + ["chips/a/v1"] * 10
