@@ -114,6 +114,7 @@ def _prepare_whole(
 
 
 def _prepare_micro_batches(engine: Engine, batch: Batch, step: int, config: StepConfig, size: int) -> PreparedStep:
+    batch = batch.by_length()
     starts = range(0, len(batch.tokens_BT), size)
     pieces = [batch.rows(start, start + size) for start in starts]
     whole = _outputs_without_graph(engine, pieces, step, config)

@@ -5,6 +5,7 @@ samples, captions and batches each time. One caption a picture: pinned benchmark
 Shapes: B batch, C channels, H W pixels, T tokens, E embedding.
 """
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from rsplatform.model.normalise import normalise
 from rsplatform.model.recall import chance_recall, recall_at_k
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine
+from rsplatform.train.guard import DamagedDataError
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def validation_losses(
 ) -> dict[str, float]:
     """Mean `val_loss`, `val_contrastive`, `val_caption`, and in percent `val_i2t_r1` … `val_mean_recall` (recall.py)
     with `val_chance_…` beside each; every process computes all of it (stage 3 needs each). `look` is shown what they
-    were computed from."""
+    were computed from. Raises DamagedDataError if there is a batch without pictures."""
     vision = engine.model.config.vision
     sums: dict[str, float] = {}
     images, texts, tokens, sample_ids = [], [], [], []
@@ -45,6 +47,8 @@ def validation_losses(
     try:
         with torch.no_grad():
             for batch in batches(0, num_batches):
+                if math.isinf(batch.undecodable):
+                    raise DamagedDataError("the held-out pictures cannot be decoded; the log names them")
                 tokens_BT = batch.tokens_BT.to(engine.device)
                 images_BHWC = batch.images_BHWC.to(engine.device)
                 images_BCHW = normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)

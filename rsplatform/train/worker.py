@@ -29,6 +29,7 @@ from rsplatform.train.blocks import BlockConfig, prepare_blocks
 from rsplatform.train.checkpoint import BackgroundWriter, HostImage, KeepBest
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import MODEL, Engine, PlainEngine, gather_of_default_group
+from rsplatform.train.guard import DamagedDataError
 from rsplatform.train.hardest import write_hardest
 from rsplatform.train.job import WorkerJob
 from rsplatform.train.loader import Loader, LoaderConfig, Share
@@ -40,6 +41,13 @@ from rsplatform.train.validate import validation_losses
 
 # Enough held-out samples for a steady loss, few enough to cost a small part of the training.
 VALIDATION_SAMPLES = 1024
+
+# Why a run ends on all processes alike, by the name it has in a worker's answer: a restart would meet it again.
+ENDS: dict[str, type[Exception]] = {
+    "diverged": TrainingDivergedError,
+    "mismatch": RecipeMismatchError,
+    "damaged": DamagedDataError,
+}
 
 logger = logging.getLogger("rsplatform.train")
 
@@ -53,10 +61,8 @@ def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     job: WorkerJob = loop_config["job"]
     try:
         answer: dict[str, Any] = {"progress": asdict(run_worker(job))}
-    except TrainingDivergedError as error:
-        answer = {"diverged": str(error)}
-    except RecipeMismatchError as error:
-        answer = {"mismatch": str(error)}
+    except tuple(ENDS.values()) as error:
+        answer = {name: str(error) for name, kind in ENDS.items() if isinstance(error, kind)}
     return answer | {"unsent": job.run.outbox.rows if job.run else []}
 
 
@@ -65,6 +71,7 @@ def run_worker(job: WorkerJob) -> Progress:
 
     Raises:
         TrainingDivergedError: the loss or the gradient is not finite.
+        DamagedDataError: too many pictures cannot be decoded.
     """
     torch.set_num_threads(max(1, round(job.placement.cpus_per_worker)))
     if job.placement.launcher == "local":  # Ray's workers start with it
@@ -76,7 +83,7 @@ def run_worker(job: WorkerJob) -> Progress:
         engine = _engine(job, initial_model(job.config, job.root), share)
         config = job.config.loader_config(engine.model.config, job.placement.decode_threads)
         store = SampleStore(job.root, job.config.dataset, job.config.split)
-        plan = job.config.curriculum.plan(store.tables, store.weights, job.config.batch_size, job.config.seed)
+        plan = job.config.curriculum.plan(store.origins, job.config.batch_size, job.config.seed)
         loader = Loader(store, tokenizer, plan, config, share)
         resume = job.resume()
         loop = replace(job.config.loop_config(job.placement), num_steps=job.num_steps)

@@ -104,8 +104,8 @@ def test_reports_tell_losses_pace_and_rate(tmp_path: Path) -> None:
     reports: dict[int, dict[str, float]] = {}
     train(tmp_path, reports=reports, report_every_steps=5)
     assert sorted(reports) == [5, 10, 12]
-    expected = "loss contrastive caption logit_scale gradient_norm tokens_per_text learning_rate skipped_steps"
-    pace = "samples_per_s samples_per_s_per_device data_wait_fraction"
+    expected = "loss contrastive caption logit_scale gradient_norm tokens_per_text learning_rate"
+    pace = "skipped_steps undecodable samples_per_s samples_per_s_per_device data_wait_fraction"
     assert set(reports[5]) == {*expected.split(), *pace.split()}
     assert reports[5]["samples_per_s"] == reports[5]["samples_per_s_per_device"]
     assert 5 < reports[5]["tokens_per_text"] <= 16

@@ -21,6 +21,8 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 210), 
 class TinySample:
     id: str
     image: bytes
+    captions: tuple[str, ...]
+    caption_weights: tuple[float, ...]
     ground_sample_distance_m: float
 
 
@@ -43,7 +45,11 @@ class TinyStore:
 
     def read(self, indices) -> list[TinySample]:
         self.num_reads += len(indices)
-        return [TinySample(self.ids[int(i)], self._png(int(i)), self.distance_m(int(i))) for i in indices]
+        return [self._sample(int(index)) for index in indices]
+
+    def _sample(self, index: int) -> TinySample:
+        captions = tuple(self.captions(index))
+        return TinySample(self.ids[index], self._png(index), captions, (1.0, 1.0), self.distance_m(index))
 
     @staticmethod
     def distance_m(index: int) -> float:
