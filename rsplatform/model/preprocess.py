@@ -18,8 +18,8 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64 * 10**6
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 # A JPEG may be decoded at a half, a quarter or an eighth of its size, which libjpeg-turbo does fast (the eighths
-# between it does not). At least twice the pixels that are wanted stay, so that the resampling which follows still decides on
-# the detail: 43 dB or more to the whole decode on aerial pictures, at a third of its time (our default).
+# between it does not). At least twice the pixels that are wanted stay, so that the resampling which follows still
+# decides on the detail: 43 dB or more to the whole decode on aerial pictures, at a third of its time (our default).
 SCALED_DECODES = (8, 4, 2)
 KEPT_FACTOR = 2
 

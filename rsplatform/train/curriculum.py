@@ -16,6 +16,7 @@ from rsplatform.dataset.sampler import GlobalSampler, Group, MixtureSampler
 from rsplatform.dataset.store import Origins
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig
+from rsplatform.train.augment import Augmentation
 from rsplatform.train.freezing import check_parts, covers_all
 from rsplatform.train.optimizer import Schedule
 
@@ -34,6 +35,7 @@ class Phase:
 
     `freeze`: parts of the model (freezing.py) that the phase leaves bitwise as they are, with their moments.
     `image_size`: pixels of a side in this phase; None: the model's own. The last phase's is the finished model's.
+    `augmentation`: in place of the recipe's (web pictures have an up, overhead ones have none).
     `loss_weights`: the recipe's loss weights that are others in this phase, e.g. {caption_weight: 2.0}; held-out
     losses are computed with the recipe's in every phase.
     `continues`: the phase goes on with the one before it: warm-up, decay and draws run over both as over one phase, so
@@ -46,6 +48,7 @@ class Phase:
     mixture: Mapping[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     image_size: int | None = None
+    augmentation: Augmentation | None = None
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     continues: bool = False
 
@@ -164,12 +167,8 @@ class Curriculum:
 
 
 def _goes_on_alike(before: Phase, phase: Phase) -> bool:
-    same = (before.mixture, before.image_size, before.loss_weights) == (
-        phase.mixture,
-        phase.image_size,
-        phase.loss_weights,
-    )
-    return phase.continues and same
+    looks = [(each.mixture, each.image_size, each.augmentation, each.loss_weights) for each in (before, phase)]
+    return phase.continues and looks[0] == looks[1]
 
 
 class Stratum(NamedTuple):

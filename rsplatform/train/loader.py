@@ -58,17 +58,25 @@ class SampleSource(Protocol):
     def read(self, indices: Sequence[int]) -> Sequence[EncodedSample]: ...
 
 
+class LoaderPhase(NamedTuple):
+    """How pictures look for so many steps: pixels of a side, and how they are varied (None: as the recipe says)."""
+
+    num_steps: int
+    image_size: int
+    augmentation: Augmentation | None = None
+
+
 @dataclass(frozen=True)
 class LoaderConfig:
     """Sizes and choices of the loader. `cache_gb` bounds decoded, resized pictures kept in memory (0: none).
 
-    `phases`: (number of steps, image size) of each phase where a curriculum changes the size; `image_size` holds
-    where they end. Pictures are decoded and kept at the largest of the sizes.
+    `phases`: those of a curriculum; `image_size` and `augmentation` hold where they end. Pictures are decoded and kept
+    at the largest size that any of them needs.
     """
 
     image_size: int
     context_length: int
-    phases: tuple[tuple[int, int], ...] = ()
+    phases: tuple[LoaderPhase, ...] = ()
     seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
     cache_gb: float = 0.0
@@ -78,15 +86,19 @@ class LoaderConfig:
     @property
     def source_size(self) -> int:
         """Side in pixels that pictures are kept at before augmentation."""
-        return self.augmentation.source_size(max([self.image_size, *(size for _, size in self.phases)]))
+        looks = [(self.image_size, self.augmentation), *(self._look(phase) for phase in self.phases)]
+        return max(augmentation.source_size(size) for size, augmentation in looks)
 
-    def size_at(self, step: int) -> int:
-        """Side in pixels of the pictures of a step."""
-        for num_steps, size in self.phases:
-            if step < num_steps:
-                return size
-            step -= num_steps
-        return self.image_size
+    def look_at(self, step: int) -> tuple[int, Augmentation]:
+        """Side in pixels of the pictures of a step, and how they are varied."""
+        for phase in self.phases:
+            if step < phase.num_steps:
+                return self._look(phase)
+            step -= phase.num_steps
+        return self.image_size, self.augmentation
+
+    def _look(self, phase: LoaderPhase) -> tuple[int, Augmentation]:
+        return phase.image_size, phase.augmentation or self.augmentation
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,8 @@ class Loader:
     def _view(self, step: int, position: int, sample: Decoded) -> View:
         rng = sample_rng(self.config.seed, step, position)
         caption = draw_caption(sample.captions, sample.caption_weights, rng)
-        source, config = sample.square, self.config
-        pixels_HWC, covered = augment(source.pixels_HWC, config.size_at(step), config.augmentation, caption, rng)
+        source, (size, augmentation) = sample.square, self.config.look_at(step)
+        pixels_HWC, covered = augment(source.pixels_HWC, size, augmentation, caption, rng)
         return View(caption, pixels_HWC, source.ground_sample_distance_m * covered)
 
     def _decoded(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, Decoded]:

@@ -16,7 +16,7 @@ from rsplatform.train.augment import Augmentation
 from rsplatform.train.checkpoint import KeepBest
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.guard import GuardConfig
-from rsplatform.train.loader import LoaderConfig
+from rsplatform.train.loader import LoaderConfig, LoaderPhase
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import LoopConfig
 
@@ -137,7 +137,10 @@ class PretrainConfig(StageConfig):
         return LoaderConfig(
             image_size=image_sizes[-1],
             context_length=model.text.context_length,
-            phases=tuple((phase.steps, size) for phase, size in zip(self.phases, image_sizes, strict=True)),
+            phases=tuple(
+                LoaderPhase(phase.steps, size, phase.augmentation)
+                for phase, size in zip(self.phases, image_sizes, strict=True)
+            ),
             seed=self.seed,
             augmentation=self.augmentation,
             cache_gb=self.cache_gb,

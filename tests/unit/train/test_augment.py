@@ -2,7 +2,6 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,18 +16,15 @@ from rsplatform.train.augment import (
     sample_rng,
     square_symmetry,
 )
-from rsplatform.train.loader import Share
-from tests.unit.train.tiny_training import CONTEXT_LENGTH, IMAGE_SIZE, TinyStore, tiny_loader, tiny_tokenizer
-
-
-class DamagedStore(TinyStore):
-    def __init__(self, damaged: set[str], num_samples: int = 24) -> None:
-        super().__init__(num_samples)
-        self.damaged = damaged
-
-    def read(self, indices):
-        samples = super().read(indices)
-        return [replace(each, image=b"no picture") if each.id in self.damaged else each for each in samples]
+from rsplatform.train.loader import LoaderPhase, Share
+from tests.unit.train.tiny_training import (
+    CONTEXT_LENGTH,
+    IMAGE_SIZE,
+    DamagedStore,
+    TinyStore,
+    tiny_loader,
+    tiny_tokenizer,
+)
 
 
 def batches_of(loader, start: int = 0, end: int = 6) -> list:
@@ -196,6 +192,19 @@ def test_captions_with_directions_keep_their_picture_upright() -> None:
         assert (view == picture).all()
     views = {augment(picture, IMAGE_SIZE, config, "a road", sample_rng(0, 0, p))[0].tobytes() for p in range(60)}
     assert len(views) == 8
+
+
+def test_a_phase_varies_its_pictures_in_its_own_way() -> None:
+    """Upright in the first two steps, as the whole run without symmetries would have them; turned afterwards."""
+    upright = Augmentation(symmetries=False)
+    mixed = batches_of(
+        tiny_loader(augmentation=Augmentation(), phases=(LoaderPhase(2, IMAGE_SIZE, upright), LoaderPhase(4, 16)))
+    )
+    assert_same_batches(mixed[:2], batches_of(tiny_loader(augmentation=upright), 0, 2))
+    assert_same_batches(mixed[2:], batches_of(tiny_loader(augmentation=Augmentation()), 2))
+    assert not torch.equal(
+        mixed[1].images_BHWC, batches_of(tiny_loader(augmentation=Augmentation()), 1, 2)[0].images_BHWC
+    )
 
 
 def test_a_view_covers_as_much_ground_as_it_says() -> None:

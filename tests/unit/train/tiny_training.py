@@ -1,7 +1,7 @@
 """A very small training problem for the tests of this room: coloured squares with captions, in memory."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -65,6 +65,18 @@ class TinyStore:
         stream = io.BytesIO()
         Image.fromarray(pixels_HWC).save(stream, format="PNG")
         return stream.getvalue()
+
+
+class DamagedStore(TinyStore):
+    """The same, with samples whose bytes are no picture."""
+
+    def __init__(self, damaged: set[str], num_samples: int = 24) -> None:
+        super().__init__(num_samples)
+        self.damaged = damaged
+
+    def read(self, indices):
+        samples = super().read(indices)
+        return [replace(each, image=b"no picture") if each.id in self.damaged else each for each in samples]
 
 
 def tiny_tokenizer() -> Tokenizer:
