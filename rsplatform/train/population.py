@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from rsplatform.config import Config, validate
 from rsplatform.train.curriculum import LOSS_WEIGHTS
@@ -25,14 +25,14 @@ class Population(Config):
     """Every `interval_steps` the worst part of the population goes on from the weights, the optimizer's state and the
     values of one of the best part; each value is then drawn again, or multiplied by one of `factors`.
 
-    Factors are the paper's [F]; that the parts are a fourth each, and the chance of a new draw, are our defaults [D].
+    The factors are the paper's [2]; that the parts are a fourth each and the chance of a new draw are our defaults [D].
     """
 
     type: Literal["population"] = "population"
     interval_steps: int = Field(ge=1)
     replaced_fraction: float = Field(default=0.25, gt=0, le=0.5)
     redraw_chance: float = Field(default=0.25, ge=0, le=1)
-    factors: tuple[float, float] = (0.8, 1.2)
+    factors: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.2)
 
     def num_generations(self, recipe: PretrainConfig) -> int:
         """The last one may be shorter."""

@@ -31,9 +31,8 @@ class SearchField(Config):
         given = [name for name in SearchField.model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             told = f"not {' and '.join(given)}" if given else "none is given"
-            raise ValueError(
-                f"give one of choices: […], uniform: [low, high], log_uniform: [low, high], integers: [low, high]; {told}"
-            )
+            ways = "choices: […], uniform: [low, high], log_uniform: [low, high], integers: [low, high]"
+            raise ValueError(f"give one of {ways}; {told}")
         if self.choices is None:
             low, high = self.ends
             if not low < high:

@@ -89,12 +89,12 @@ def _search_asha(
         with ray_runtime(cluster):
             outcomes = _run_trials(config, cluster, stage, jobs, _trial, halving)
         for job, outcome in zip(jobs, outcomes, strict=True):
-            if TrainingDivergedError.__name__ in repr(outcome.error):  # Ray hands it over wrapped in its own type
+            if outcome.error is None:
+                _record_stopped(job, outcome.metrics or {}, config.objective)
+            elif _has_diverged(outcome):
                 result = {"step": 0, "stopped_early": True, "diverged": True}
                 storage.write_json(f"{job.folder}/{RESULT}", result)
         _raise_failures(outcomes)
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            _record_stopped(job, outcome.metrics or {}, config.objective)
     return recipes
 
 
@@ -118,7 +118,11 @@ def _run_trials(
     trainable: Callable[..., None],
     scheduler: TrialScheduler,
 ) -> list[ray_tune.Result]:
-    """What became of each job."""
+    """What became of each job.
+
+    Raises:
+        SweepError: Tune was interrupted before every job had begun.
+    """
     resources = {"cpu": cluster.tune.cpus_per_trial, "gpu": cluster.tune.gpus_per_trial}
     system, path = storage.filesystem(stage.artifact.path("work/ray_tune"))
     system.create_dir(path)
@@ -139,14 +143,24 @@ def _run_trials(
         outcomes = tuner.fit()
     finally:
         system.delete_dir(path)
-    by_index = {(outcomes[place].config or {})["index"]: outcomes[place] for place in range(len(outcomes))}
+    by_index = {}
+    for outcome in (outcomes[place] for place in range(len(outcomes))):
+        if not outcome.config:  # Tune takes a Ctrl-C for itself and returns trials that never ran
+            raise outcome.error or SweepError(f"{config.output}: interrupted; run the same command to go on")
+        by_index[outcome.config["index"]] = outcome
     return [by_index[index] for index in range(len(jobs))]
 
 
+def _has_diverged(outcome: ray_tune.Result) -> bool:
+    """Ray hands the error over wrapped in its own type."""
+    return TrainingDivergedError.__name__ in repr(outcome.error)
+
+
 def _raise_failures(outcomes: Sequence[ray_tune.Result]) -> None:
-    for index, outcome in enumerate(outcomes):
-        if outcome.error is not None and TrainingDivergedError.__name__ not in repr(outcome.error):
-            LOGGER.error("job %d of this part of the sweep failed", index)
+    """The first error that is not a trial's own divergence."""
+    for outcome in outcomes:
+        if outcome.error is not None and not _has_diverged(outcome):
+            LOGGER.error("a trial failed in %s", outcome.path)
             raise outcome.error
 
 

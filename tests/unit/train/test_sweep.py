@@ -60,7 +60,8 @@ def test_size_mixture_and_batch_are_searched_under_an_objective_that_compares_th
         "phases.1.mixture.chips": {"uniform": [0.1, 0.6]},
         "phases.0.schedule.warmup_steps": {"integers": [0, 2]},
     }
-    config = sweep_config({"search": search, "num_trials": 8, "objective": "val_t2i_r5"})
+    model = {"size": "mini", "settings": {"image_size": 16, "patch_size": 4}}
+    config = sweep_config({"search": search, "num_trials": 8, "objective": "val_t2i_r5"}, model=model)
     assert config.trials() == config.trials(), "a function of the seed"
     for values, recipe in config.trials():
         assert recipe.model is not None and recipe.model.size == values["model.size"]
