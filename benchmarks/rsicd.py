@@ -59,10 +59,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """A picture's bytes and name; RSICD does not say how many metres a pixel covers."""
+    """A picture's bytes, name and captions, repeats included; RSICD does not say how many metres a pixel covers."""
 
     id: str
     image: bytes
+    captions: list[str]
+    caption_weights: tuple[float, ...] = ()
     ground_sample_distance_m: float = math.nan
 
 
@@ -76,13 +78,12 @@ class Split:
         self._captions = [[sentence["raw"].strip() for sentence in entry["sentences"]] for entry in chosen]
         self._images = [(folder / "RSICD_images" / name).read_bytes() for name in self.ids]
 
-    def captions(self, index: int) -> list[str]:
-        """All captions of a picture, repeats included."""
-        return self._captions[index]
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def read(self, indices: Sequence[int]) -> list[EncodedPicture]:
         """Encoded pictures by index."""
-        return [EncodedPicture(self.ids[index], self._images[index]) for index in indices]
+        return [EncodedPicture(self.ids[i], self._images[i], self._captions[i]) for i in indices]
 
     def all_captions(self) -> list[str]:
         """Every caption of the split."""
@@ -154,7 +155,7 @@ def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings:
 def evaluate(embedder: Embedder, split: Split) -> dict[str, float]:
     """Recall in per cent both ways, every caption a query; ties count against."""
     images_IE = embedder.embed_images([picture.image for picture in split.read(range(len(split.ids)))])
-    owners = [index for index in range(len(split.ids)) for _ in split.captions(index)]
+    owners = [index for index in range(len(split.ids)) for _ in split.read([index])[0].captions]
     return recall_at_k(images_IE, embedder.embed_texts(split.all_captions()), owners)
 
 

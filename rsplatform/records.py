@@ -65,9 +65,11 @@ SAMPLE_SCHEMA = pa.schema(
         ("id", pa.string()),
         ("table", pa.string()),  # artifact ref of the Lance table that holds the image
         ("row", pa.int64()),  # row in that table
+        ("source", pa.string()),  # name of the dataset's source, which mixtures call it by
         ("captions", pa.list_(pa.string())),
+        ("caption_weights", pa.list_(pa.float32())),  # how often each is drawn, relative to the sample's others
         ("split", pa.string()),
-        ("weight", pa.float32()),
+        ("weight", pa.float32()),  # of the sample, relative to others of its source
         ("ground_sample_distance_m", pa.float32()),  # NaN for web pairs, whose scale is unknown
     ]
 )

@@ -1,10 +1,12 @@
 """Front door `build_dataset`: captioned chips and web pairs in, one versioned table of samples out.
 
-A dataset is row ids, captions, splits and weights over the tables that hold the pictures; no bytes are copied.
+A dataset is row ids, captions, splits and weights over the tables that hold the pictures; no bytes are copied, and none
+are decoded: `filter_web` and `ingest_scenes` already have.
 """
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import lance
@@ -28,37 +30,91 @@ CAPTION_TABLE = "captions.lance"
 logger = logging.getLogger("rsplatform.dataset")
 
 
-class ChipSource(Config):
-    """Chips with the captions that a captioner wrote for them; a chip keeps the split of its scene."""
+class CaptionSource(Config):
+    """Captions by sample id, as a captioner writes them. `weight`: how often a sample draws one of these, relative to
+    its other kinds of caption; within a kind each caption is drawn alike (our default: 1)."""
 
-    type: Literal["chips"] = "chips"
-    chips: InputArtifact
     captions: InputArtifact
     weight: float = Field(default=1.0, gt=0)
 
 
-class WebSource(Config):
-    """Web pairs that passed the overhead filter, with the captions they came with."""
+class Source(Config):
+    """What all sources have. `name`: what mixtures call it. `weight` is per sample: 2.0 draws a sample twice as often
+    as one of the other sources, where no mixture says otherwise (our defaults: the kind of the pictures, and 1)."""
 
-    type: Literal["web"] = "web"
-    web_pairs: InputArtifact
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z][\w-]*$")  # no dots: sweeps call it by a dotted key
     weight: float = Field(default=1.0, gt=0)
 
 
+class ChipSource(Source):
+    """Chips with the captions that captioners wrote for them; a chip keeps the split of its scene."""
+
+    type: Literal["chips"] = "chips"
+    chips: InputArtifact
+    captions: InputArtifact | list[CaptionSource]
+
+    @property
+    def pictures(self) -> str:
+        """The artifact that holds the pictures."""
+        return self.chips
+
+    @property
+    def caption_sources(self) -> list[CaptionSource]:
+        """All captions beside the pictures."""
+        return self.captions if isinstance(self.captions, list) else [CaptionSource(captions=self.captions)]
+
+
+class WebSource(Source):
+    """Web pairs that passed the overhead filter, with the captions they came with, and maybe others written since.
+
+    `own_caption_weight`: that of the captions they came with; 0 leaves them out.
+    """
+
+    type: Literal["web"] = "web"
+    web_pairs: InputArtifact
+    captions: list[CaptionSource] = []
+    own_caption_weight: float = Field(default=1.0, ge=0)
+
+    @property
+    def pictures(self) -> str:
+        """The artifact that holds the pictures."""
+        return self.web_pairs
+
+    @property
+    def caption_sources(self) -> list[CaptionSource]:
+        """All captions beside the pictures."""
+        return self.captions
+
+
+AnySource = Annotated[ChipSource | WebSource, Field(discriminator="type")]
+
+
 class BuildDatasetConfig(StageConfig):
-    """Sources of a training set. `weight` is per sample: 2.0 draws a sample twice as often (our default: 1).
+    """Sources of a training set, which a phase's mixture calls by their names.
 
     `holdout`: classes to leave out. A sample of any split goes to the ledger if a landmark in it is of such a kind or
     a caption names one (holdout.py); measure unseen classes on another dataset, made without it.
     """
 
-    sources: list[Annotated[ChipSource | WebSource, Field(discriminator="type")]] = Field(min_length=1)
+    sources: list[AnySource] = Field(min_length=1)
     holdout: list[str] = []
 
     @model_validator(mode="after")
     def _classes_are_words(self) -> "BuildDatasetConfig":
         Holdout(self.holdout)
         return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "BuildDatasetConfig":
+        repeated = [name for name, count in Counter(map(source_name, self.sources)).items() if count > 1]
+        if repeated:
+            raise ValueError(f"several sources are called {', '.join(repeated)}: give each a `name` of its own")
+        return self
+
+
+def source_name(source: ChipSource | WebSource) -> str:
+    """What mixtures call a source: its name, else the kind of its pictures."""
+    return source.name or source.pictures.split("/")[0]
 
 
 def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
@@ -88,37 +144,48 @@ def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
 
 
 def _samples(root: str, source: ChipSource | WebSource, holdout: Holdout) -> tuple[pa.Table, list[Drop]]:
-    if isinstance(source, WebSource):
-        ref = source.web_pairs
-        rows = open_table(root, ref).to_table(columns=["id", "captions", "split"]).to_pylist()
-    else:
-        ref = source.chips
-        columns = ["id", "split", "ground_sample_distance_m", "landmarks"]
-        rows = open_table(root, ref).to_table(columns=columns).to_pylist()
-        captions = open_table(root, source.captions, CAPTION_TABLE).to_table(columns=["id", "captions"]).to_pylist()
-        by_id = {row["id"]: row["captions"] for row in captions}
-        rows = [row | {"captions": by_id.get(row["id"], [])} for row in rows]
+    is_web = isinstance(source, WebSource)
+    columns = ["id", "captions", "split"] if is_web else ["id", "split", "ground_sample_distance_m", "landmarks"]
+    rows = open_table(root, source.pictures).to_table(columns=columns).to_pylist()
+    written = [(other.weight, _captions_by_id(root, other.captions)) for other in source.caption_sources]
+    own_weight = source.own_caption_weight if is_web else 0.0
     kept, drops = [], []
     for index, row in enumerate(rows):
-        kinds = [landmark["kind"] for landmark in row.get("landmarks") or []]
-        held_out = holdout.reason(kinds, row["captions"])
-        if not row["captions"]:
-            drops.append(Drop(row["id"], "no_caption", f"row {index} of {ref}"))
+        kinds = [(own_weight, row.get("captions") or []), *((w, by_id.get(row["id"], [])) for w, by_id in written)]
+        weighted = _weighted(kinds)
+        landmarks = [landmark["kind"] for landmark in row.get("landmarks") or []]
+        held_out = holdout.reason(landmarks, [caption for _, captions in kinds for caption in captions])  # drawn or not
+        if not weighted:
+            drops.append(Drop(row["id"], "no_caption", f"row {index} of {source.pictures}"))
         elif held_out:
             drops.append(Drop(row["id"], HOLDOUT + held_out[0], held_out[1]))
         else:
-            kept.append(_sample(row, ref, index, source.weight))
+            kept.append(_sample(row, source, index, weighted))
     return pa.Table.from_pylist(kept, schema=SAMPLE_SCHEMA), drops
 
 
-def _sample(row: dict[str, Any], ref: str, index: int, weight: float) -> dict[str, Any]:
+def _captions_by_id(root: str, ref: str) -> dict[str, list[str]]:
+    rows = open_table(root, ref, CAPTION_TABLE).to_table(columns=["id", "captions"]).to_pylist()
+    return {row["id"]: row["captions"] for row in rows}
+
+
+def _weighted(kinds: Iterable[tuple[float, list[str]]]) -> list[tuple[str, float]]:
+    """(caption, weight) of a sample's kinds of caption: each kind's weight is divided among its captions."""
+    return [(caption, weight / len(captions)) for weight, captions in kinds if weight > 0 for caption in captions]
+
+
+def _sample(
+    row: dict[str, Any], source: ChipSource | WebSource, index: int, weighted: list[tuple[str, float]]
+) -> dict[str, Any]:
     return {
         "id": row["id"],
-        "table": ref,
+        "table": source.pictures,
         "row": index,
-        "captions": row["captions"],
+        "source": source_name(source),
+        "captions": [caption for caption, _ in weighted],
+        "caption_weights": [weight for _, weight in weighted],
         "split": row["split"],
-        "weight": weight,
+        "weight": source.weight,
         "ground_sample_distance_m": row.get("ground_sample_distance_m", float("nan")),
     }
 

@@ -1,6 +1,6 @@
 """Reading a dataset: sample rows from `samples.lance`, image bytes from the tables they point into.
 
-Pictures are read by row id from the artifact that first wrote them (Lance `take`); nothing is copied. No decoding.
+Both are read by row when a batch wants them (Lance `take`); nothing is copied, and no caption is held. No decoding.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,41 @@ from typing import Any
 
 import lance
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rsplatform.artifacts import open_artifact
+from rsplatform.records import SAMPLE_SCHEMA
 from rsplatform.storage import lance_options
 
 SAMPLES_TABLE = "samples.lance"
 # Which Lance table inside an artifact of a kind holds the pictures.
 IMAGE_TABLES = {"chips": "chips.lance", "web_pairs": "web_pairs.lance"}
+READ_COLUMNS = ["id", "table", "row", "captions", "caption_weights", "ground_sample_distance_m"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its captions, still encoded; GSD in metres, NaN where unknown."""
+    """One picture with its captions, still encoded; GSD in metres, NaN where unknown.
+
+    `caption_weights`: how often each caption is drawn, relative to the others of the sample; empty: evenly.
+    """
 
     id: str
     image: bytes
     captions: tuple[str, ...]
+    caption_weights: tuple[float, ...]
     ground_sample_distance_m: float
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where each of N samples comes from: `names` of the dataset's sources, for each sample its source (int16, an
+    index into the names) and its own weight (float32)."""
+
+    names: tuple[str, ...]
+    source_N: np.ndarray
+    weight_N: np.ndarray
 
 
 def open_table(root: str, ref: str, table: str | None = None) -> lance.LanceDataset:
@@ -47,54 +65,87 @@ def open_table(root: str, ref: str, table: str | None = None) -> lance.LanceData
 class SampleStore:
     """The samples of one split of a dataset artifact; picklable, opens its tables once per process.
 
+    In memory are a row number, a source and a weight for each sample, as arrays; all else is read when asked for.
+
     Raises:
         ArtifactError: the dataset or a table it points into is missing.
-        ValueError: the split has no samples.
+        ValueError: the split has no samples, or the dataset was built before its samples named their sources.
     """
 
     def __init__(self, root: str, dataset_ref: str, split: str) -> None:
         self.root = root
         self.dataset_ref = dataset_ref
         self.split = split
-        table = open_table(root, dataset_ref, SAMPLES_TABLE).to_table(filter=f"split = '{split}'")
-        if not table.num_rows:
+        missing = set(SAMPLE_SCHEMA.names) - set(self._samples.schema.names)
+        if missing:
+            raise ValueError(
+                f"{dataset_ref} was built by an earlier version: its samples lack {', '.join(sorted(missing))}; "
+                "build it again under another version"
+            )
+        table = self._samples.to_table(columns=["split", "source", "weight"])
+        chosen = pc.equal(table["split"], split)
+        self.rows = np.flatnonzero(chosen.to_numpy())
+        if not len(self.rows):
             raise ValueError(f"{dataset_ref} has no samples in split {split!r}; see its stats.json")
-        self.ids: list[str] = table["id"].to_pylist()
-        self.tables: list[str] = table["table"].to_pylist()
-        self.rows = table["row"].to_numpy()
-        self.weights = table["weight"].to_numpy()
-        self.ground_sample_distances_m = table["ground_sample_distance_m"].to_numpy()
-        self._captions: list[list[str]] = table["captions"].to_pylist()
+        self.origins = _origins(table.filter(chosen))
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
 
-    def captions(self, index: int) -> list[str]:
-        """Captions of one sample."""
-        return self._captions[index]
+    def all_ids(self) -> list[str]:
+        """The id of every sample, in sample order; read anew by each call."""
+        return self._column("id").to_pylist()
 
     def all_captions(self) -> list[str]:
-        """Every caption of the split, in sample order (for the tokenizer)."""
-        return [caption for captions in self._captions for caption in captions]
+        """Every caption of the split, in sample order (for the tokenizer); read anew by each call."""
+        return pc.list_flatten(self._column("captions")).to_pylist()
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Sample]:
         """The samples at `indices`, in that order; indices may repeat."""
+        wanted, places = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+        taken = self._samples.take(self.rows[wanted], columns=READ_COLUMNS)
+        tables, rows = taken["table"].to_pylist(), taken["row"].to_pylist()
+        members: dict[str, list[int]] = {}
+        for place, ref in enumerate(tables):
+            members.setdefault(ref, []).append(place)
         images: dict[int, bytes] = {}
-        by_table: dict[str, list[int]] = {}
-        for index in dict.fromkeys(int(i) for i in indices):
-            by_table.setdefault(self.tables[index], []).append(index)
-        for ref, members in by_table.items():
-            taken = self._datasets[ref].take([int(self.rows[i]) for i in members], columns=["image"])
-            images |= dict(zip(members, taken["image"].to_pylist(), strict=True))
-        return [self._sample(int(index), images[int(index)]) for index in indices]
+        for ref, own in members.items():
+            column = self._pictures(ref).take([rows[place] for place in own], columns=["image"])["image"]
+            images |= dict(zip(own, column.to_pylist(), strict=True))
+        distances_m = taken["ground_sample_distance_m"].to_numpy()
+        samples = [
+            Sample(sample_id, images[place], tuple(captions), tuple(weights or ()), float(distances_m[place]))
+            for place, (sample_id, captions, weights) in enumerate(
+                zip(*(taken[name].to_pylist() for name in ("id", "captions", "caption_weights")), strict=True)
+            )
+        ]
+        return [samples[place] for place in places]
 
-    def _sample(self, index: int, image: bytes) -> Sample:
-        captions = tuple(self._captions[index])
-        return Sample(self.ids[index], image, captions, float(self.ground_sample_distances_m[index]))
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._samples.to_table(columns=[name], filter=f"split = '{self.split}'")[name]
 
     @cached_property
-    def _datasets(self) -> dict[str, lance.LanceDataset]:
-        return {ref: open_table(self.root, ref) for ref in sorted(set(self.tables))}
+    def _samples(self) -> lance.LanceDataset:
+        return open_table(self.root, self.dataset_ref, SAMPLES_TABLE)
+
+    @cached_property
+    def _opened(self) -> dict[str, lance.LanceDataset]:
+        return {}
+
+    def _pictures(self, ref: str) -> lance.LanceDataset:
+        if ref not in self._opened:
+            self._opened[ref] = open_table(self.root, ref)
+        return self._opened[ref]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_datasets"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_samples", "_opened")}
+
+
+def _origins(samples: pa.Table) -> Origins:
+    sources = pc.dictionary_encode(samples["source"]).combine_chunks()
+    if isinstance(sources, pa.ChunkedArray):  # an older Arrow's way of combining dictionaries
+        sources = sources.chunk(0)
+    names = np.array(sources.dictionary.to_pylist())
+    order = np.argsort(names)  # by name, so that splits with the same sources agree
+    source_N = np.argsort(order).astype(np.int16)[sources.indices.to_numpy()]
+    return Origins(tuple(names[order].tolist()), source_N, samples["weight"].to_numpy())

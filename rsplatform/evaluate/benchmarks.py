@@ -139,10 +139,11 @@ def load_retrieval(benchmark: DatasetRetrieval | CaptionFolderRetrieval, cluster
     """
     if isinstance(benchmark, DatasetRetrieval):
         store = SampleStore(cluster.root, benchmark.dataset, benchmark.split)
-        order = spread(sorted(range(len(store)), key=lambda i: store.ids[i]), benchmark.max_images)
-        names = [store.ids[i] for i in order]
-        captions = [store.captions(i) for i in order]
+        ids = store.all_ids()
+        order = spread(sorted(range(len(store)), key=lambda i: ids[i]), benchmark.max_images)
+        names = [ids[i] for i in order]
         samples = store.read(np.array(order))
+        captions = [list(sample.captions) for sample in samples]
         images, distances_m = zip(*((sample.image, sample.ground_sample_distance_m) for sample in samples), strict=True)
         sources = [f"{benchmark.dataset}, sample {name!r}" for name in names]
     else:

@@ -16,7 +16,7 @@ import rasterio
 import rasterio.errors
 
 from rsplatform.config import ConfigError
-from rsplatform.model.preprocess import ImageError, Square, decode_image, square
+from rsplatform.model.preprocess import ImageError, Square, decode_image, read_square
 from rsplatform.sources.scenes import SceneError, SceneSource, describe_scene, open_pixels, read_window
 from rsplatform.storage import read_bytes
 
@@ -77,7 +77,7 @@ def squares(
     distances_m = [math.nan] * len(images) if ground_sample_distances_m is None else ground_sample_distances_m
     for name, image, distance_m in zip(names, images, distances_m, strict=True):
         try:
-            yield square(decode_image(image), size, distance_m)
+            yield read_square(image, size, distance_m)
         except ImageError as error:
             raise ConfigError(f"{name}: {error}; {FIX_PICTURE}") from error
 

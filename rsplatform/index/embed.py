@@ -16,7 +16,7 @@ from rsplatform.dataset.store import open_table
 from rsplatform.index.filters import parse_time
 from rsplatform.index.store import index_schema
 from rsplatform.model.embedder import Embedder
-from rsplatform.model.preprocess import ImageError, decode_image, square
+from rsplatform.model.preprocess import ImageError, read_square
 from rsplatform.storage import download_folder, is_s3
 
 MODEL_FOLDER = "model"
@@ -62,7 +62,7 @@ class ChipEmbedder:
         for index, (image, distance_m) in enumerate(zip(chips["image"].to_pylist(), known_m, strict=True)):
             try:
                 # resized at once: a shard of whole decoded pictures would be gigabytes
-                squares.append(square(decode_image(image), size, distance_m))
+                squares.append(read_square(image, size, distance_m))
                 good.append(index)
             except ImageError as error:
                 drops[index] = (error.reason, error.detail)

@@ -30,7 +30,7 @@ from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
-from rsplatform.model.preprocess import ImageError, Square, decode_image, square
+from rsplatform.model.preprocess import ImageError, Square, read_square
 from rsplatform.model.weights import save_model
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import keep_freed_memory
@@ -141,7 +141,7 @@ def chip_pictures(config: SelfTrainConfig, cluster: Cluster, image_size: int) ->
 
 def _square(chips_ref: str, chip: dict[str, Any], distance_m: float, image_size: int) -> Square:
     try:
-        return square(decode_image(chip["image"]), image_size, distance_m)
+        return read_square(chip["image"], image_size, distance_m)
     except ImageError as error:
         raise ConfigError(
             f"{chips_ref}: the picture of chip {chip['id']!r} is {error}; make the chips again under another version"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
-from rsplatform.model.preprocess import Square, decode_image, square
+from rsplatform.model.preprocess import Square, read_square, square
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.vision_encoder import PatchFeatures
 from rsplatform.model.weights import load_model
@@ -127,8 +127,9 @@ class Embedder:
             return self.model.head(values_D)
 
     def _square(self, image: bytes | np.ndarray, distance_m: float) -> Square:
-        pixels_HWC = image if isinstance(image, np.ndarray) else decode_image(image)
-        return square(pixels_HWC, self.image_size, distance_m)
+        if isinstance(image, np.ndarray):
+            return square(image, self.image_size, distance_m)
+        return read_square(image, self.image_size, distance_m)
 
     def _normalised(self, images_BHWC: Tensor) -> Tensor:
         vision = self.model.config.vision

@@ -11,7 +11,7 @@ import torch
 
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.normalise import normalise
-from rsplatform.model.preprocess import decode_image, square
+from rsplatform.model.preprocess import read_square
 from rsplatform.model.tokenizer import PAD_ID
 from rsplatform.serve.api import MAX_IMAGE_PIXELS
 
@@ -27,8 +27,7 @@ def greedy_caption(embedder: Embedder, image: bytes, ground_sample_distance_m: f
     """
     model = embedder.model
     vision = model.config.vision
-    pixels_HWC = decode_image(image, max_pixels=MAX_IMAGE_PIXELS)
-    seen = square(pixels_HWC, embedder.image_size, ground_sample_distance_m)
+    seen = read_square(image, embedder.image_size, ground_sample_distance_m, max_pixels=MAX_IMAGE_PIXELS)
     images_BHWC = torch.from_numpy(seen.pixels_HWC)[None].to(embedder.device)
     images_BCHW = normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)
     distance_m_B = images_BCHW.new_tensor([seen.ground_sample_distance_m])

@@ -21,7 +21,7 @@ from rasterio.features import shapes
 from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.smooth_attention import smooth_attention, upsample
 from rsplatform.model.embedder import Embedder
-from rsplatform.model.preprocess import Square, decode_image, resized_ground_sample_distance_m, square
+from rsplatform.model.preprocess import Square, decode_image, read_square, resized_ground_sample_distance_m
 from rsplatform.serve.api import MAX_IMAGE_PIXELS
 
 HEATMAP_SIZE_PX = 256
@@ -71,7 +71,7 @@ class Localization:
         for index, (image, distance_m) in enumerate(zip(images, distances_m, strict=True)):
             picture_HWC = decode_image(image, max_pixels=MAX_IMAGE_PIXELS)
             if picture_HWC.shape[0] == picture_HWC.shape[1]:
-                squares[index] = square(picture_HWC, size, distance_m)
+                squares[index] = read_square(image, size, distance_m, max_pixels=MAX_IMAGE_PIXELS)
             else:
                 maps[index] = self._tiled_maps(picture_HWC, distance_m, texts_CE)
         maps |= dict(zip(squares, self._square_maps(list(squares.values()), texts_CE), strict=True))

@@ -17,7 +17,7 @@ from rsplatform.dataset.store import open_table
 from rsplatform.index.embed import load_embedder
 from rsplatform.index.filters import SearchFilter, parse_interval
 from rsplatform.index.store import ChipIndex, Hit
-from rsplatform.model.preprocess import decode_image
+from rsplatform.model.preprocess import read_square
 from rsplatform.serve.api import MAX_IMAGE_PIXELS, SearchRequest, SearchResult, Spot, image_bytes
 from rsplatform.serve.catalogue import Catalogue
 from rsplatform.serve.localization import Peak
@@ -43,12 +43,13 @@ class Retrieval:
         self._refs = {"model": model_ref, "index": index_ref, "chips": chips_ref}
 
     def picture(self, image: str) -> np.ndarray:
-        """Pixels of a base64 picture of a request.
+        """Pixels of a base64 picture of a request, as the model sees it.
 
         Raises:
             ValueError: not base64, or (ImageError) no acceptable picture.
         """
-        return decode_image(image_bytes(image), max_pixels=MAX_IMAGE_PIXELS)
+        data = image_bytes(image)
+        return read_square(data, self.embedder.image_size, max_pixels=MAX_IMAGE_PIXELS).pixels_HWC
 
     def search(self, request: SearchRequest, vector_E: np.ndarray) -> list[Hit]:
         """The hits of a request whose query has this vector, best first."""

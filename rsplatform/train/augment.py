@@ -16,15 +16,20 @@ from torch import Tensor
 
 from rsplatform.model.preprocess import resize_crop
 from rsplatform.model.tokenizer import Tokenizer
+from rsplatform.train.batch import bucket_width
 
-# Captions that say where something lies would become wrong under a flip or a quarter turn.
+# Captions that say where something lies, or which way it goes, would become wrong under a flip or a quarter turn.
+_SIDE = r"(?:left|right|upper|lower|top|bottom)"
+_COMPASS = r"(?:(?:north|south)[- ]?(?:east|west)|north|south|east|west)"
 _DIRECTION = re.compile(
-    r"\b(left|right|upper|lower|top|bottom|vertical(ly)?|horizontal(ly)?"
-    r"|(north|south)[- ]?(east|west)(ern)?|(north|south|east|west)(ern|ward|wards)?)\b",
+    rf"\b(?:{_SIDE}(?:[- ]?(?:most|hand|handed|side))?|(?:left|right|up|down)wards?"
+    rf"|{_COMPASS}(?:ern(?:most)?|most|erly|wards?|bound|side)?"
+    r"|vertical(?:ly)?|horizontal(?:ly)?|above|below|beneath|underneath"
+    r"|(?:anti|counter)?[- ]?clockwise)\b",
     re.IGNORECASE,
 )
-# Padding to few different widths keeps the number of shapes small for compiled kernels.
-TOKEN_MULTIPLE = 8
+# In capitals only: "se", "ne" and "sw" are words and abbreviations in other languages and on the web.
+_COMPASS_LETTERS = re.compile(r"\b(?:[NS][EW]|[NS]{2}[EW]|[EW][NS][EW])\b")
 # Random crops are cut from a larger copy of the picture, so that they are not blown up (our default).
 CROP_HEADROOM = 1.25
 
@@ -52,8 +57,11 @@ NO_AUGMENTATION = Augmentation(symmetries=False)
 
 
 def has_direction(caption: str) -> bool:
-    """Whether a caption names a direction (left, north, upper, …), which flips and turns would falsify."""
-    return _DIRECTION.search(caption) is not None
+    """Whether a caption names a direction (left, northern, above, clockwise, …), which flips and turns would falsify.
+
+    In doubt it does: a picture that stays upright costs less than a caption that lies.
+    """
+    return _DIRECTION.search(caption) is not None or _COMPASS_LETTERS.search(caption) is not None
 
 
 def sample_rng(seed: int, step: int, position: int) -> np.random.Generator:
@@ -88,10 +96,18 @@ def square_symmetry(image_HWC: np.ndarray, index: int) -> np.ndarray:
     return turned[:, ::-1] if index >= 4 else turned
 
 
+def draw_caption(captions: Sequence[str], weights: Sequence[float], rng: np.random.Generator) -> str:
+    """One of a sample's captions, in proportion to their weights; without weights each alike."""
+    place = rng.random()
+    if not weights:
+        return captions[int(place * len(captions))]
+    ends = np.cumsum(np.asarray(weights, dtype=np.float64))
+    return captions[int(np.searchsorted(ends, place * ends[-1], side="right"))]
+
+
 def pad_tokens(captions: Sequence[str], tokenizer: Tokenizer, context_length: int) -> Tensor:
     """Token ids (B, T): T is the longest caption's length rounded up to a multiple of 8, at most the context."""
     tokens_BT = tokenizer.encode(captions, context_length, pad_to_longest=True)
-    width = min(context_length, -(-tokens_BT.shape[1] // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
-    padded_BT = np.zeros((len(tokens_BT), width), dtype=np.int64)
+    padded_BT = np.zeros((len(tokens_BT), bucket_width(tokens_BT.shape[1], context_length)), dtype=np.int64)
     padded_BT[:, : tokens_BT.shape[1]] = tokens_BT
     return torch.from_numpy(padded_BT)

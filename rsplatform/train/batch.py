@@ -3,10 +3,16 @@
 Shapes: B batch, H W pixels, C channels, T tokens.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from rsplatform.model.vocabulary_loss import PAD_ID
+
+# Padding to few different widths keeps the number of shapes small for compiled kernels.
+TOKEN_MULTIPLE = 8
+PER_SAMPLE = ("images_BHWC", "tokens_BT", "sample_ids", "ground_sample_distance_m_B")
 
 
 @dataclass(frozen=True)
@@ -14,12 +20,15 @@ class Batch:
     """This process's share of a global batch: uint8 pictures, int64 token ids (0 = pad) and the sample ids.
 
     `ground_sample_distance_m_B` is that of the pixels here, after resizing and cropping; NaN (or None) is unknown.
+    `undecodable`: pictures met on the way that could not be decoded, in whose place others stand (loader.py); infinite
+    where none was found, and then the batch is not to be trained on.
     """
 
     images_BHWC: Tensor
     tokens_BT: Tensor
     sample_ids: tuple[str, ...]
     ground_sample_distance_m_B: Tensor | None = None
+    undecodable: float = 0
 
     def distances_on(self, device: torch.device) -> Tensor | None:
         """The ground sample distances on `device`."""
@@ -27,6 +36,32 @@ class Batch:
         return None if distance_m_B is None else distance_m_B.to(device)
 
     def rows(self, start: int, end: int) -> "Batch":
-        """Samples start … end - 1 of every field."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: None if value is None else value[start:end] for name, value in values.items()})
+        """Samples start … end - 1 of every field, their captions padded to a bucket of their own."""
+        values = {name: getattr(self, name) for name in PER_SAMPLE}
+        values = {name: None if value is None else value[start:end] for name, value in values.items()}
+        width = bucket_width(int(self._lengths()[start:end].max()), self.tokens_BT.shape[1])
+        return replace(self, **values | {"tokens_BT": values["tokens_BT"][:, :width]})
+
+    def by_length(self) -> "Batch":
+        """The same samples in the order of their captions' lengths, for micro-batches that are padded each to its own.
+
+        This is where captions are bucketed, because here it changes nothing: which samples make up the global batch,
+        and on which process, stays the sampler's choice for every world size, so the contrastive loss has the
+        negatives that it would have without buckets. Buckets of whole batches would give it negatives of like lengths
+        only. Samples lie on the processes at random: the n-th micro-batches of all processes hold about the same
+        lengths, and none waits for another's long captions.
+        """
+        order_B = self._lengths().argsort(stable=True)
+        values = {name: getattr(self, name) for name in PER_SAMPLE if name != "sample_ids"}
+        values = {name: None if value is None else value[order_B] for name, value in values.items()}
+        return replace(self, **values, sample_ids=tuple(self.sample_ids[row] for row in order_B.tolist()))
+
+    def _lengths(self) -> Tensor:
+        """Up to the last token that is no padding: another model's tokenizer may use 0 within a caption."""
+        places_T = torch.arange(1, self.tokens_BT.shape[1] + 1)
+        return ((self.tokens_BT != PAD_ID) * places_T).amax(1)
+
+
+def bucket_width(longest: int, widest: int) -> int:
+    """Tokens that a batch whose longest caption has `longest` is padded to: a multiple of 8, at most `widest`."""
+    return min(widest, -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)

@@ -1,6 +1,6 @@
 """A training run as phases: which samples, how many steps, which learning rates. Pure arithmetic on the step.
 
-In: phases from a recipe and the samples' tables and weights. Out: for every step its learning rate, its loss and the
+In: phases from a recipe and the samples' sources and weights. Out: for every step its learning rate, its loss and the
 sample indices of its global batch. Phases follow RECIPE.md "Curriculum" (web pairs, then landmarks, then a mix of
 both); their lengths, what they freeze and their resolutions are our defaults. Reads no pixels and keeps no state.
 """
@@ -8,12 +8,15 @@ both); their lengths, what they freeze and their resolutions are our defaults. R
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
-from rsplatform.dataset.sampler import GlobalSampler
+from rsplatform.dataset.sampler import GlobalSampler, Group, MixtureSampler
+from rsplatform.dataset.store import Origins
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig
+from rsplatform.train.augment import Augmentation
 from rsplatform.train.freezing import check_parts, covers_all
 from rsplatform.train.optimizer import Schedule
 
@@ -26,11 +29,13 @@ class RecipeMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class Phase:
-    """`mixture`: share of the draws by kind of source, e.g. {web_pairs: 0.5, chips: 0.5}; a kind that is not named
-    is not drawn. Empty: all samples by their own weights. The schedule warms up and decays within the phase.
+    """`mixture`: share of the draws by the names of the dataset's sources, e.g. {web_pairs: 0.5, chips: 0.5}; a source
+    without a share, or with 0, is not drawn. Empty: all samples by their own weights. The schedule warms up and decays
+    within the phase.
 
     `freeze`: parts of the model (freezing.py) that the phase leaves bitwise as they are, with their moments.
     `image_size`: pixels of a side in this phase; None: the model's own. The last phase's is the finished model's.
+    `augmentation`: in place of the recipe's (web pictures have an up, overhead ones have none).
     `loss_weights`: the recipe's loss weights that are others in this phase, e.g. {caption_weight: 2.0}; held-out
     losses are computed with the recipe's in every phase.
     `continues`: the phase goes on with the one before it: warm-up, decay and draws run over both as over one phase, so
@@ -43,6 +48,7 @@ class Phase:
     mixture: Mapping[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     image_size: int | None = None
+    augmentation: Augmentation | None = None
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     continues: bool = False
 
@@ -52,8 +58,10 @@ class Phase:
         check_parts(self.freeze, f"phase {self.name}: freeze")
         if covers_all(self.freeze):
             raise ValueError(f"phase {self.name}: freeze names the whole model; leave a part out to train it")
-        if any(share <= 0 for share in self.mixture.values()):
-            raise ValueError(f"phase {self.name}: mixture shares must be above 0; leave a kind out to draw none")
+        if any(share < 0 for share in self.mixture.values()):
+            raise ValueError(f"phase {self.name}: mixture shares must not be negative; 0 draws none of a source")
+        if self.mixture and not any(self.mixture.values()):
+            raise ValueError(f"phase {self.name}: a mixture needs a share above 0; leave it out to draw all samples")
         unknown = set(self.loss_weights) - set(LOSS_WEIGHTS)
         if unknown:
             names = ", ".join(LOSS_WEIGHTS)
@@ -145,18 +153,16 @@ class Curriculum:
                 )
         return tuple(phase.image_size or model.vision.image_size for phase in self.phases)
 
-    def plan(
-        self, tables: Sequence[str], weights: np.ndarray, batch_size: int, seed: int
-    ) -> Callable[[int], np.ndarray]:
-        """Global batch of sample indices by step; `tables` and `weights` are those of the samples.
+    def plan(self, origins: Origins, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
+        """Global batch of sample indices by step; every phase draws without replacement (sampler.py).
 
         Raises:
-            RecipeMismatchError: a mixture names a kind that the dataset does not hold.
+            RecipeMismatchError: a mixture names a source that the dataset does not hold, or gives none a share.
         """
-        kinds = np.array([table.split("/")[0] for table in tables])
+        strata = _strata(origins)
         numbers = accumulate((int(not phase.continues) for phase in self.phases[1:]), initial=0)
         draws = [
-            _phase_draws(phase, kinds, weights, batch_size, seed * 1_009 + number)
+            _phase_draws(phase, strata, batch_size, seed * 1_009 + number)
             for number, phase in zip(numbers, self.phases, strict=True)
         ]
 
@@ -168,27 +174,48 @@ class Curriculum:
 
 
 def _goes_on_alike(before: Phase, phase: Phase) -> bool:
-    same = (before.mixture, before.image_size, before.loss_weights) == (
-        phase.mixture,
-        phase.image_size,
-        phase.loss_weights,
-    )
-    return phase.continues and same
+    looks = [(each.mixture, each.image_size, each.augmentation, each.loss_weights) for each in (before, phase)]
+    return phase.continues and looks[0] == looks[1]
 
 
-def _phase_draws(
-    phase: Phase, kinds: np.ndarray, weights: np.ndarray, batch_size: int, seed: int
-) -> Callable[[int], np.ndarray]:
-    unknown = set(phase.mixture) - set(kinds)
+class Stratum(NamedTuple):
+    """The samples of one source that have one weight: their rows, and the sum of their weights."""
+
+    source: str
+    rows: np.ndarray
+    total_weight: float
+    key: tuple[int, int]
+
+
+def _strata(origins: Origins) -> list[Stratum]:
+    strata = []
+    for index, source in enumerate(origins.names):
+        rows = np.flatnonzero(origins.source_N == index)
+        weight_R = origins.weight_N[rows]
+        for number, weight in enumerate(np.unique(weight_R)):
+            members = rows[weight_R == weight]
+            strata.append(Stratum(source, members, float(weight) * len(members), (index, number)))
+    return strata
+
+
+def _phase_draws(phase: Phase, strata: list[Stratum], batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
+    totals: dict[str, float] = {}
+    for stratum in strata:
+        totals[stratum.source] = totals.get(stratum.source, 0.0) + stratum.total_weight
+    unknown = set(phase.mixture) - set(totals)
     if unknown:
-        held = ", ".join(sorted(set(kinds.tolist())))
-        raise RecipeMismatchError(f"phase {phase.name}: mixture names {sorted(unknown)}, but the dataset holds {held}")
-    members = np.flatnonzero(np.isin(kinds, list(phase.mixture))) if phase.mixture else np.arange(len(kinds))
-    chances = np.asarray(weights, dtype=np.float64)[members]
-    for kind, share in phase.mixture.items():
-        chosen = kinds[members] == kind
-        chances[chosen] *= share / chances[chosen].sum()
-    # equal chances need no draws with replacement: an epoch sees every sample once
-    is_even = np.allclose(chances, chances[0], rtol=1e-9)
-    sampler = GlobalSampler(len(members), batch_size, seed, None if is_even else tuple(chances.tolist()))
-    return lambda step: members[sampler.batch(step)]
+        raise RecipeMismatchError(
+            f"phase {phase.name}: mixture names {', '.join(sorted(unknown))}, but the sources of this dataset's split "
+            f"are {', '.join(totals)}"
+        )
+    shares = phase.mixture or totals  # a source's own weight, where no mixture says otherwise
+    groups = [
+        Group(each.rows, shares[each.source] * each.total_weight / totals[each.source], each.key)
+        for each in strata
+        if shares.get(each.source, 0.0) > 0
+    ]
+    num_samples = sum(len(group.rows) for group in groups)
+    # one epoch over all sources, where no sample is to come more often than another
+    if not phase.mixture and len({each.total_weight / len(each.rows) for each in strata}) == 1:
+        return GlobalSampler(num_samples, batch_size, seed).batch
+    return MixtureSampler(groups, batch_size, seed).batch

@@ -86,7 +86,8 @@ def hardest_figure(folder: str, store: SampleStore) -> Figure | None:
     rows: list[dict[str, Any]] = storage.read_json(path) if storage.exists(path) else []
     if not rows:
         return None
-    samples = store.read([store.ids.index(row["sample_id"]) for row in rows])
+    ids = store.all_ids()
+    samples = store.read([ids.index(row["sample_id"]) for row in rows])
     num_rows = -(-len(rows) // COLUMNS)
     figure = Figure(figsize=(3.4 * COLUMNS, 4.4 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, COLUMNS, squeeze=False).flatten()

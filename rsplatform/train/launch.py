@@ -26,11 +26,12 @@ from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.elastic import ElasticTrainer
 from rsplatform.train.hardest import hardest_figure
 from rsplatform.train.job import WorkerJob
-from rsplatform.train.pretrain import Progress, TrainingDivergedError
+from rsplatform.train.pretrain import Progress
 from rsplatform.train.progress import shown_progress
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.train_tokenizer import learn, read_tokenizer
 from rsplatform.train.worker import (
+    ENDS,
     load_tokenizer,
     model_of_checkpoint,
     ray_train_worker,
@@ -117,6 +118,7 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
 
     Raises:
         TrainingDivergedError: the loss or the gradient is not finite.
+        DamagedDataError: too many pictures cannot be decoded.
         ray.train.TrainingFailedError: workers died more often than `max_failures` and `max_preemptions` let pass.
     """
     if job.placement.launcher == "local":
@@ -125,7 +127,7 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
         outcome = _ray_train(job)
     if job.run is not None:
         job.run.outbox.rows.extend(outcome["unsent"])
-    for name, error in (("diverged", TrainingDivergedError), ("mismatch", RecipeMismatchError)):
+    for name, error in ENDS.items():
         if name in outcome:
             raise error(outcome[name])
     return Progress(**outcome["progress"])
@@ -224,6 +226,7 @@ def _describe(stage: Stage, config: PretrainConfig, progress: Progress, exported
         "steps": progress.step,
         "samples_seen": (progress.step - progress.guard.skipped_steps) * config.batch_size,
         "skipped_steps": progress.guard.skipped_steps,
+        "undecodable": progress.guard.undecodable,
         "exported_step": exported.step,
         "stopped_early": int(bool(progress.stopped)),
     }

@@ -2,10 +2,12 @@
 
 In: a store of samples and the global batches' sample indices by step. Out: `Batch` objects in step order. What
 is in a batch depends on (seed, step, rank, world size) alone, never on the timing of threads. The store is
-anything with `ids`, `captions(i)` and `read(indices)`; this module opens no files and moves nothing to a device.
+anything with a length and `read(indices)`; this module opens no files and moves nothing to a device.
 Shapes: H W pixels, C channels.
 """
 
+import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -16,15 +18,21 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from rsplatform.model.preprocess import ImageError, Square, decode_image, square
+from rsplatform.model.preprocess import ImageError, Square, read_square
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.train.augment import Augmentation, augment, pad_tokens, sample_rng
+from rsplatform.train.augment import Augmentation, augment, draw_caption, pad_tokens, sample_rng
 from rsplatform.train.batch import Batch
 from rsplatform.train.curriculum import RecipeMismatchError
 
+# So many samples in a row that cannot be decoded are no accident: the batch is given up instead of searched on for.
+MOST_REPLACED_IN_A_ROW = 32
+
+logger = logging.getLogger("rsplatform.train")
+
 
 class EncodedSample(Protocol):
-    """A picture as bytes, with its id and the metres that a pixel of it covers (NaN where unknown)."""
+    """A picture as bytes, with its id, its captions with their weights (none: alike) and the metres that a pixel of
+    it covers (NaN where unknown)."""
 
     @property
     def id(self) -> str: ...
@@ -33,30 +41,42 @@ class EncodedSample(Protocol):
     def image(self) -> bytes: ...
 
     @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def caption_weights(self) -> Sequence[float]: ...
+
+    @property
     def ground_sample_distance_m(self) -> float: ...
 
 
 class SampleSource(Protocol):
     """What the loader needs of a dataset; `rsplatform.dataset.store.SampleStore` is one."""
 
-    ids: list[str]
-
-    def captions(self, index: int) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> Sequence[EncodedSample]: ...
+
+
+class LoaderPhase(NamedTuple):
+    """How pictures look for so many steps: pixels of a side, and how they are varied (None: as the recipe says)."""
+
+    num_steps: int
+    image_size: int
+    augmentation: Augmentation | None = None
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
     """Sizes and choices of the loader. `cache_gb` bounds decoded, resized pictures kept in memory (0: none).
 
-    `phases`: (number of steps, image size) of each phase where a curriculum changes the size; `image_size` holds
-    where they end. Pictures are decoded and kept at the largest of the sizes.
+    `phases`: those of a curriculum; `image_size` and `augmentation` hold where they end. Pictures are decoded and kept
+    at the largest size that any of them needs.
     """
 
     image_size: int
     context_length: int
-    phases: tuple[tuple[int, int], ...] = ()
+    phases: tuple[LoaderPhase, ...] = ()
     seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
     cache_gb: float = 0.0
@@ -66,15 +86,19 @@ class LoaderConfig:
     @property
     def source_size(self) -> int:
         """Side in pixels that pictures are kept at before augmentation."""
-        return self.augmentation.source_size(max([self.image_size, *(size for _, size in self.phases)]))
+        looks = [(self.image_size, self.augmentation), *(self._look(phase) for phase in self.phases)]
+        return max(augmentation.source_size(size) for size, augmentation in looks)
 
-    def size_at(self, step: int) -> int:
-        """Side in pixels of the pictures of a step."""
-        for num_steps, size in self.phases:
-            if step < num_steps:
-                return size
-            step -= num_steps
-        return self.image_size
+    def look_at(self, step: int) -> tuple[int, Augmentation]:
+        """Side in pixels of the pictures of a step, and how they are varied."""
+        for phase in self.phases:
+            if step < phase.num_steps:
+                return self._look(phase)
+            step -= phase.num_steps
+        return self.image_size, self.augmentation
+
+    def _look(self, phase: LoaderPhase) -> tuple[int, Augmentation]:
+        return phase.image_size, phase.augmentation or self.augmentation
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,17 @@ class Share:
 
     rank: int = 0
     world_size: int = 1
+
+
+class Decoded(NamedTuple):
+    """A sample whose picture is pixels. `undecodable`: how many others were tried before it, in whose place it is;
+    infinite if none was found, and this is no sample at all."""
+
+    id: str
+    captions: Sequence[str]
+    caption_weights: Sequence[float]
+    square: Square
+    undecodable: float = 0
 
 
 class View(NamedTuple):
@@ -110,7 +145,7 @@ class Loader:
         self.config = config
         self.share = share or Share()
         self._source_size = config.source_size
-        self._cache: dict[int, Square] = {}
+        self._cache: dict[int, Decoded] = {}
         self._cache_slots = int(config.cache_gb * 1e9 / (3 * self._source_size**2))
         self._cache_lock = threading.Lock()
 
@@ -135,9 +170,11 @@ class Loader:
     def batch(self, step: int, decoders: ThreadPoolExecutor) -> Batch:
         """This process's share of global batch `step`.
 
+        A sample whose picture cannot be decoded is replaced by the next of the dataset that can, each time it is
+        drawn, and counted: the loop stops a run with too many of them on all processes at once.
+
         Raises:
             RecipeMismatchError: the global batch does not divide among the processes.
-            ImageError: a sample's bytes are no picture; the message names the sample.
         """
         rows = self.plan(step)
         if len(rows) % self.share.world_size:
@@ -147,39 +184,56 @@ class Loader:
             )
         positions = range(self.share.rank, len(rows), self.share.world_size)
         indices = [int(rows[position]) for position in positions]
-        squares = self._squares(indices, decoders)
-        views = list(decoders.map(self._view, [step] * len(indices), positions, indices, [squares] * len(indices)))
+        decoded = self._decoded(indices, decoders)
+        samples = [decoded[index] for index in indices]
+        views = list(decoders.map(self._view, [step] * len(indices), positions, samples))
         captions = [view.caption for view in views]
         return Batch(
             images_BHWC=torch.from_numpy(np.stack([view.pixels_HWC for view in views])),
             tokens_BT=pad_tokens(captions, self.tokenizer, self.config.context_length),
-            sample_ids=tuple(self.source.ids[index] for index in indices),
+            sample_ids=tuple(sample.id for sample in samples),
             ground_sample_distance_m_B=torch.tensor([view.ground_sample_distance_m for view in views]),
+            undecodable=sum(sample.undecodable for sample in samples),
         )
 
-    def _view(self, step: int, position: int, index: int, squares: dict[int, Square]) -> View:
+    def _view(self, step: int, position: int, sample: Decoded) -> View:
         rng = sample_rng(self.config.seed, step, position)
-        captions = self.source.captions(index)
-        caption = captions[int(rng.integers(len(captions)))]
-        source, config = squares[index], self.config
-        pixels_HWC, covered = augment(source.pixels_HWC, config.size_at(step), config.augmentation, caption, rng)
+        caption = draw_caption(sample.captions, sample.caption_weights, rng)
+        source, (size, augmentation) = sample.square, self.config.look_at(step)
+        pixels_HWC, covered = augment(source.pixels_HWC, size, augmentation, caption, rng)
         return View(caption, pixels_HWC, source.ground_sample_distance_m * covered)
 
-    def _squares(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, Square]:
-        """The decoded squares of all `indices`, from the cache or freshly read; the cache never changes pixels."""
-        squares = {index: self._cache[index] for index in indices if index in self._cache}
-        missing = [index for index in dict.fromkeys(indices) if index not in squares]
+    def _decoded(self, indices: Sequence[int], decoders: ThreadPoolExecutor) -> dict[int, Decoded]:
+        """The decoded samples of all `indices`, from the cache or freshly read; the cache never changes pixels."""
+        decoded = {index: self._cache[index] for index in indices if index in self._cache}
+        missing = [index for index in dict.fromkeys(indices) if index not in decoded]
         if missing:
             samples = self.source.read(missing)
-            squares |= dict(zip(missing, decoders.map(self._square, samples), strict=True))
+            fresh = dict(zip(missing, decoders.map(self._decode, samples), strict=True))
+            decoded |= {index: sample or self._replacement(index) for index, sample in fresh.items()}
             with self._cache_lock:
                 for index in missing[: max(0, self._cache_slots - len(self._cache))]:
-                    self._cache[index] = squares[index]
-        return squares
+                    self._cache[index] = decoded[index]
+        return decoded
 
-    def _square(self, sample: EncodedSample) -> Square:
+    def _decode(self, sample: EncodedSample) -> Decoded | None:
         try:
-            image_HWC = decode_image(sample.image)
+            seen = read_square(sample.image, self._source_size, sample.ground_sample_distance_m)
         except ImageError as error:
-            raise ImageError(error.reason, f"sample {sample.id}: {error.detail}") from error
-        return square(image_HWC, self._source_size, sample.ground_sample_distance_m)
+            logger.warning("sample %s: %s; the next of the dataset stands in for it", sample.id, error)
+            return None
+        return Decoded(sample.id, sample.captions, sample.caption_weights, seen)
+
+    def _replacement(self, index: int) -> Decoded:
+        """The next sample that can be decoded after `index`, the first following the last: always the same one.
+
+        Nothing, if too many in a row cannot: the loop ends the run on all processes before it trains on that. An error
+        here would end this process alone, and Ray Train would start all of them again to meet it again.
+        """
+        for tried in range(1, MOST_REPLACED_IN_A_ROW):
+            found = self._decode(*self.source.read([(index + tried) % len(self.source)]))
+            if found is not None:
+                return found._replace(undecodable=tried)
+        logger.error("sample %d and the %d after it cannot be decoded", index, MOST_REPLACED_IN_A_ROW - 1)
+        nothing_HWC = np.zeros((self._source_size, self._source_size, 3), dtype=np.uint8)
+        return Decoded("", [""], (), Square(nothing_HWC, math.nan), math.inf)

@@ -121,6 +121,7 @@ def fit(
 
     Raises:
         TrainingDivergedError: more steps in a row than `config.guard` lets pass had to be skipped.
+        DamagedDataError: more pictures than `config.guard` lets pass could not be decoded.
         ValueError: an auxiliary loss or a moving average on an engine that shards the weights, or an auxiliary
             loss with micro-batches.
     """
@@ -149,7 +150,7 @@ def fit(
             is_last = progress.step == config.num_steps or bool(progress.stopped)
             saves = is_last or outcome.saves or _is_due(progress.step, config.checkpoint_every_steps)
             if is_last or progress.step % config.report_every_steps == 0:
-                counted = {"learning_rate": rate, "skipped_steps": float(progress.guard.skipped_steps)}
+                counted = {"learning_rate": rate} | progress.guard.counts
                 hooks.report(window.metrics(engine.model.config, devices) | counted, progress.step)
                 window = Window()
                 saves = (hooks.wants_checkpoint is not None and hooks.wants_checkpoint()) or saves
@@ -189,7 +190,11 @@ def _take_step(engine: Engine, batch: Batch, progress: Progress, plan: Plan) -> 
     if progress.step in config.phase_starts:
         seen = guard.in_new_phase(seen)
     prepared = prepare_step(engine, batch, progress.step, config.step_config(progress.step), plan.auxiliary_loss)
-    values, (stops, saves) = _agree(engine, prepared.parts, plan.votes)
+    read = {"undecodable": torch.tensor(float(batch.undecodable), device=engine.device)}
+    values, (stops, saves) = _agree(engine, prepared.parts | read, plan.votes)
+    world_size = engine.gather.world_size if engine.gather else 1
+    num_drawn = (progress.step + 1) * len(batch.sample_ids) * world_size
+    seen = guard.after_reading(seen, values.pop("undecodable") * world_size, num_drawn, config.guard)
     objection = guard.loss_objection(values["loss"], seen, config.guard)
     if not objection:
         prepared.make_gradients()

@@ -20,7 +20,7 @@ from rsplatform.train.augment import Augmentation
 from rsplatform.train.checkpoint import KeepBest
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.guard import GuardConfig
-from rsplatform.train.loader import LoaderConfig
+from rsplatform.train.loader import LoaderConfig, LoaderPhase
 from rsplatform.train.memory import SampleShape, WorkerStep, needed_bytes
 from rsplatform.train.micro_batch import fitting_micro_batch_size
 from rsplatform.train.optimizer import OptimizerConfig
@@ -212,7 +212,10 @@ class PretrainConfig(StageConfig):
         return LoaderConfig(
             image_size=image_sizes[-1],
             context_length=model.text.context_length,
-            phases=tuple((phase.steps, size) for phase, size in zip(self.phases, image_sizes, strict=True)),
+            phases=tuple(
+                LoaderPhase(phase.steps, size, phase.augmentation)
+                for phase, size in zip(self.phases, image_sizes, strict=True)
+            ),
             seed=self.seed,
             augmentation=self.augmentation,
             cache_gb=self.cache_gb,

@@ -88,11 +88,11 @@ class SearchField(Config):
 def with_values(document: Mapping[str, Any], values: Values) -> dict[str, Any]:
     """A copy of a recipe's document in which the fields of dotted keys have these values.
 
-    Shares of a mixture stay shares: kinds that have a value in `values` get it, the others of that phase divide what
-    is left as they did before; where all kinds have one, their sum is made 1.
+    Shares of a mixture stay shares: sources that have a value in `values` get it, the others of that phase divide what
+    is left as they did before; where all have one, their sum is made 1.
 
     Raises:
-        ConfigError: the document has no such field, or the values of a mixture leave nothing for its other kinds.
+        ConfigError: the document has no such field, or the values of a mixture leave nothing for its other sources.
     """
     changed = deepcopy(dict(document))
     for key, value in values.items():
@@ -105,20 +105,22 @@ def with_values(document: Mapping[str, Any], values: Values) -> dict[str, Any]:
 
 
 def is_share(key: str) -> bool:
-    """Whether a dotted key is the share of one kind in a phase's mixture."""
+    """Whether a dotted key is the share of one source in a phase's mixture."""
     return key.split(".")[0] == "phases" and key.split(".")[2:3] == ["mixture"] and key.count(".") == 3
 
 
 def _shares(key: str, before: Mapping[str, float], chosen: Mapping[str, float]) -> dict[str, float]:
-    others = {name: share for name, share in before.items() if name not in chosen}
+    others = {name: share for name, share in before.items() if share > 0 and name not in chosen}
     total = sum(chosen.values())
     if not others:
-        return {name: value / total for name, value in chosen.items()}
+        if total <= 0:
+            raise ConfigError(f"{key}: {_told(chosen)} draw nothing at all; one must be above 0")
+        return {name: chosen.get(name, 0.0) / total for name in before}
     left = 1 - total
     if left <= 0:
         raise ConfigError(f"{key}: {_told(chosen)} leave nothing for {', '.join(others)}; keep their sum below 1")
     shares = {name: left * share / sum(others.values()) for name, share in others.items()} | dict(chosen)
-    return {name: shares[name] for name in before}
+    return {name: shares.get(name, 0.0) for name in before}
 
 
 def _told(values: Mapping[str, Any]) -> str:

@@ -115,6 +115,7 @@ def _prepare_whole(
 
 
 def _prepare_micro_batches(engine: Engine, batch: Batch, step: int, config: StepConfig, size: int) -> PreparedStep:
+    batch = batch.by_length()
     pieces = _pieces(batch, size)
     whole = outputs_without_graph(engine, batch, step, config)
     for name in (*_ROWS, *_SHARED, _SUMMED):

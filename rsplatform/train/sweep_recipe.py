@@ -120,18 +120,18 @@ def _check_fields(search: dict[str, SearchField], objective: str) -> None:
 
 
 def _check_mixtures(recipe: PretrainConfig, search: dict[str, SearchField]) -> None:
-    """Refused whatever is drawn: shares that could leave nothing for the other kinds, or a mixture of one kind."""
+    """Refused whatever is drawn: shares that could leave nothing for the other sources, or a mixture of one."""
     document = recipe.model_dump(mode="json")
     for mixture in sorted({key.rpartition(".")[0] for key in search if is_share(key)}):
-        kinds = get_value(document, mixture)
+        sources = get_value(document, mixture)
         highest = {key: max(field.choices or field.ends) for key, field in search.items() if is_share(key)}
         own = {key: high for key, high in highest.items() if key.rpartition(".")[0] == mixture}
-        if len(kinds) == 1:
-            raise ConfigError(f"{mixture} has one kind only; its share is always 1")
-        if len(own) < len(kinds) and sum(own.values()) >= 1:
+        if len(sources) == 1:
+            raise ConfigError(f"{mixture} has one source only; its share is always 1")
+        if len(own) < len(sources) and sum(own.values()) >= 1:
             raise ConfigError(
                 f"{mixture}: the highest shares of {', '.join(own)} add up to {sum(own.values()):g} and leave nothing "
-                "for the other kinds; lower them, or search all kinds, whose shares are then scaled to 1"
+                "for the other sources; lower them, or search all sources, whose shares are then scaled to 1"
             )
 
 

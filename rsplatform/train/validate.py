@@ -6,6 +6,7 @@ pinned benchmarks belong to the evaluation stage.
 Shapes: B batch, T tokens, E embedding.
 """
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from rsplatform.model.losses import mammut_loss
 from rsplatform.model.recall import chance_recall, recall_at_k
 from rsplatform.train.batch import Batch
 from rsplatform.train.engine import Engine
+from rsplatform.train.guard import DamagedDataError
 from rsplatform.train.step import StepConfig, outputs_without_graph
 
 # What a validation measures and a recipe may keep the best checkpoint by.
@@ -48,6 +50,9 @@ def validation_losses(
     Each batch's contrastive loss is that of all its pairs, however small `config.micro_batch_size` is; the model runs
     in the steps' precision. Every process computes all of it (stage 3 needs each). `look` is shown what they were
     computed from.
+
+    Raises:
+        DamagedDataError: there is a batch without pictures.
     """
     sums: dict[str, float] = {}
     images, texts, tokens, sample_ids = [], [], [], []
@@ -55,6 +60,8 @@ def validation_losses(
     try:
         with torch.no_grad():
             for batch in batches(0, num_batches):
+                if math.isinf(batch.undecodable):
+                    raise DamagedDataError("the held-out pictures cannot be decoded; the log names them")
                 output = outputs_without_graph(engine, batch, 0, config)
                 _, parts = mammut_loss(output, batch.tokens_BT.to(engine.device), config.loss)
                 images.append(output.image_embeddings_BE.double().cpu())

@@ -28,6 +28,7 @@ from rsplatform.train.checkpoint import BackgroundWriter, HostImage, agreed_step
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import MODEL, Engine, gather_of_default_group
 from rsplatform.train.engines import make_engine
+from rsplatform.train.guard import DamagedDataError
 from rsplatform.train.hardest import write_hardest
 from rsplatform.train.held_out import HeldOutPlace, held_out_validation
 from rsplatform.train.job import WorkerJob
@@ -37,6 +38,13 @@ from rsplatform.train.pretrain import EMA, Hooks, Progress, TrainingDivergedErro
 from rsplatform.train.progress import LINE_EVERY_SECONDS, STEP_METRIC, describe
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.traffic import layout_of, sent_gb_per_step
+
+# Why a run ends on all processes alike, by the name it has in a worker's answer: a restart would meet it again.
+ENDS: dict[str, type[Exception]] = {
+    "diverged": TrainingDivergedError,
+    "mismatch": RecipeMismatchError,
+    "damaged": DamagedDataError,
+}
 
 logger = logging.getLogger("rsplatform.train")
 
@@ -52,10 +60,8 @@ def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     job: WorkerJob = loop_config["job"]
     try:
         answer: dict[str, Any] = {"progress": asdict(run_worker(job, PreemptionNotice()))}
-    except TrainingDivergedError as error:
-        answer = {"diverged": str(error)}
-    except RecipeMismatchError as error:
-        answer = {"mismatch": str(error)}
+    except tuple(ENDS.values()) as error:
+        answer = {name: str(error) for name, kind in ENDS.items() if isinstance(error, kind)}
     return answer | {"unsent": job.run.outbox.rows if job.run else []}
 
 
@@ -64,6 +70,7 @@ def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = Non
 
     Raises:
         TrainingDivergedError: the loss or the gradient is not finite.
+        DamagedDataError: too many pictures cannot be decoded.
     """
     torch.set_num_threads(max(1, round(job.placement.cpus_per_worker)))
     if job.placement.launcher == "local":  # Ray's workers start with it
@@ -75,7 +82,7 @@ def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = Non
         engine = make_engine(job.config, job.placement, initial_model(job.config, job.root), share)
         config = job.config.loader_config(engine.model.config, job.placement.decode_threads)
         store = SampleStore(job.root, job.config.dataset, job.config.split)
-        plan = job.config.curriculum.plan(store.tables, store.weights, job.config.batch_size, job.config.seed)
+        plan = job.config.curriculum.plan(store.origins, job.config.batch_size, job.config.seed)
         loader = Loader(store, tokenizer, plan, config, share)
         own_step = agreed_step(job.checkpoints, gather, engine.device)
         from_step = own_step or job.first_step

@@ -14,7 +14,7 @@ from mlflow.utils.validation import _validate_param_name
 from rsplatform import tracking
 from rsplatform.cluster import load_cluster
 from rsplatform.config import StageConfig, load_config
-from rsplatform.dataset.build import BuildDatasetConfig
+from rsplatform.dataset.build import BuildDatasetConfig, source_name
 from rsplatform.train.launch import check_workers
 from rsplatform.train.recipe import PretrainConfig
 
@@ -73,6 +73,15 @@ def test_the_holdout_differs_from_the_whole_curriculum_in_its_data_alone() -> No
     assert both.phases == holdout.phases
     made = load_config(BuildDatasetConfig, REPOSITORY / "configs/build_dataset/mt_holdout.yaml")
     assert (made.output, bool(made.holdout)) == (holdout.dataset, True)
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/pretrain/*.yaml")), ids=lambda path: path.stem)
+def test_mixtures_name_sources_of_the_dataset_that_the_recipe_trains_on(path: Path) -> None:
+    makers = [load_config(BuildDatasetConfig, other) for other in REPOSITORY.glob("configs/build_dataset/*.yaml")]
+    names = {maker.output: {source_name(source) for source in maker.sources} for maker in makers}
+    recipe = load_config(PretrainConfig, path)
+    for phase in recipe.phases:
+        assert set(phase.mixture) <= names[recipe.dataset]
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)

@@ -60,14 +60,18 @@ def test_nothing_is_lost_and_pictures_are_read_from_their_source(cluster: Cluste
     }
     assert set(read_drops(artifact)["id"].to_pylist()) == {"chip-2", "chip-0"}
     store = pickle.loads(pickle.dumps(SampleStore(cluster.root, "dataset/a/v1", "train")))
+    ids = store.all_ids()
     order = np.array([len(store) - 1, 0, 3, 0])
     for index, sample in zip(order, store.read(order), strict=True):
-        kind, number = store.ids[index].split("-")
-        assert sample.image == f"{kind} {number}".encode()
-        assert sample.captions == tuple(store.captions(index))
-    assert store.weights.tolist() == [1.0] * 4 + [2.0] * 2
+        kind, number = ids[index].split("-")
+        assert sample.id == ids[index] and sample.image == f"{kind} {number}".encode()
+        assert sample.captions == ((f"caption {number}", f"other {number}") if kind == "chip" else ("web",))
+        assert sample.caption_weights == pytest.approx([1 / len(sample.captions)] * len(sample.captions))
+    assert store.all_captions() == [text for sample in store.read(range(len(store))) for text in sample.captions]
+    assert store.origins.weight_N.tolist() == [1.0] * 4 + [2.0] * 2
+    assert [store.origins.names[source] for source in store.origins.source_N] == ["chips"] * 4 + ["web_pairs"] * 2
     val = SampleStore(cluster.root, "dataset/a/v1", "val")
-    assert val.ids == ["chip-5", "web-2"], "of both sources"
+    assert val.all_ids() == ["chip-5", "web-2"], "of both sources"
     assert [sample.captions for sample in val.read([0, 1])] == [("caption 5", "other 5"), ("web",)]
 
 
@@ -101,8 +105,65 @@ def test_held_out_classes_go_to_the_ledger_with_what_showed_them(
     artifact = build_dataset(BuildDatasetConfig(output="dataset/h/v1", sources=sources, holdout=holdout), cluster)
     dropped = {"holdout_harbour": 1, "holdout_stadium": 1, "no_caption": 1}
     assert artifact.manifest()["counts"] == {"inputs": 5, "kept": 2, "dropped": dropped}
-    assert SampleStore(cluster.root, "dataset/h/v1", "train").ids == ["chip-1", "web-b"]
+    assert SampleStore(cluster.root, "dataset/h/v1", "train").all_ids() == ["chip-1", "web-b"]
     details = {row["id"]: row["detail"] for row in read_drops(artifact).to_pylist()}
     assert details["chip-0"] == "landmark: stadium"
     assert details["web-a"] == "caption: boats in two harbours"
     assert "no sample names 'windmill'" in caplog.text
+
+
+def test_sources_have_names_and_captions_have_weights(cluster: Cluster) -> None:
+    other = [{"id": f"chip-{i}", "captions": ["seen"], "claims": []} for i in (1, 2)]
+    write_artifact(
+        cluster.root, "captions/seen/v1", "captions.lance", pa.Table.from_pylist(other, schema=CAPTION_SCHEMA)
+    )
+    recaptioned = [{"id": f"web-{i}", "captions": ["again", "once more"], "claims": []} for i in range(2)]
+    write_artifact(
+        cluster.root, "captions/web/v1", "captions.lance", pa.Table.from_pylist(recaptioned, schema=CAPTION_SCHEMA)
+    )
+    captions = [{"captions": "captions/a/v1"}, {"captions": "captions/seen/v1", "weight": 3.0}]
+    web = {"type": "web", "web_pairs": "web_pairs/a/v1", "captions": [{"captions": "captions/web/v1", "weight": 2.0}]}
+    recipe = {"sources": [{"type": "chips", "name": "rs_landmarks", "chips": "chips/a/v1", "captions": captions}, web]}
+    artifact = build_dataset(BuildDatasetConfig.model_validate(recipe | {"output": "dataset/w/v1"}), cluster)
+    store = SampleStore(cluster.root, "dataset/w/v1", "train")
+    assert store.origins.names == ("rs_landmarks", "web_pairs")
+    samples = {sample.id: sample for sample in store.read(range(len(store)))}
+    drawn = {name: dict(zip(each.captions, each.caption_weights, strict=True)) for name, each in samples.items()}
+    assert drawn["chip-0"] == {"caption 0": 0.5, "other 0": 0.5}
+    assert drawn["chip-1"] == {"caption 1": 0.5, "other 1": 0.5, "seen": 3.0}
+    assert drawn["chip-2"] == {"seen": 3.0}, "captioned by the second captioner alone"
+    assert drawn["web-0"] == {"web": 1.0, "again": 1.0, "once more": 1.0}
+    inputs = str(artifact.manifest()["inputs"])
+    assert "captions/seen/v1" in inputs and "captions/web/v1" in inputs, "lineage knows them"
+    only_new = {"sources": [web | {"own_caption_weight": 0.0}]}
+    build_dataset(BuildDatasetConfig.model_validate(only_new | {"output": "dataset/o/v1"}), cluster)
+    rest = SampleStore(cluster.root, "dataset/o/v1", "train")
+    assert {sample.captions for sample in rest.read(range(len(rest)))} == {("again", "once more")}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [((None, None), "several sources are called chips"), (("a.b", None), "pattern")]
+)
+def test_names_that_mixtures_could_not_use_are_refused(names: tuple, words: str) -> None:
+    sources = [{"type": "chips", "chips": "chips/a/v1", "captions": "captions/a/v1", "name": name} for name in names]
+    with pytest.raises(ValueError, match=words):
+        BuildDatasetConfig.model_validate({"output": "dataset/c/v1", "sources": sources})
+
+
+def test_a_store_holds_no_object_for_each_sample(cluster: Cluster) -> None:
+    """Three numbers a sample: at 18 M samples, strings would be gigabytes in every worker."""
+    build_dataset(BuildDatasetConfig(output="dataset/m/v1", sources=SOURCES), cluster)
+    store = SampleStore(cluster.root, "dataset/m/v1", "train")
+    store.read([0, 1])
+    held = [*vars(store).values(), *vars(store.origins).values()]
+    arrays = [value for value in held if isinstance(value, np.ndarray)]
+    assert sorted(str(array.dtype) for array in arrays) == ["float32", "int16", "int64"]
+    assert all(len(array) == len(store) for array in arrays)
+    assert not any(isinstance(value, list | dict) and len(value) >= len(store) for value in held)
+
+
+def test_a_dataset_of_another_schema_is_told_to_be_built_again(cluster: Cluster) -> None:
+    old = pa.table({"id": ["a"], "table": ["chips/a/v1"], "row": [0], "captions": [["a"]], "split": ["train"]})
+    write_artifact(cluster.root, "dataset/old/v1", "samples.lance", old)
+    with pytest.raises(ValueError, match="lack caption_weights, .*source.*build it again"):
+        SampleStore(cluster.root, "dataset/old/v1", "train")

@@ -104,7 +104,7 @@ def test_retrieval_tells_the_model_the_scale_of_each_picture(cluster: Cluster, t
     distances_m = [5.0, 0.5, math.nan]
     rows = [
         {"id": f"sample-{9 - n}", "table": tiny_service.CHIPS, "row": n, "captions": ["a field"], "split": "val"}
-        | {"weight": 1.0, "ground_sample_distance_m": metres}
+        | {"source": "chips", "weight": 1.0, "ground_sample_distance_m": metres}
         for n, metres in enumerate(distances_m)
     ]
     table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)

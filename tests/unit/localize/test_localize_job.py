@@ -182,7 +182,8 @@ def course(cluster: Cluster) -> SelfTrainConfig:
     images = [tiny_service.jpeg(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in ids]
     rows = [{"id": i, "image": image, "split": "train"} for i, image in zip(ids, images, strict=True)]
     samples = [
-        {"id": i, "table": "chips/plain/v1", "row": n, "captions": ["a stadium"], "split": "train", "weight": 1.0}
+        {"id": i, "table": "chips/plain/v1", "row": n, "captions": ["a stadium"], "split": "train"}
+        | {"source": "chips", "weight": 1.0}
         for n, i in enumerate(ids)
     ]
     for ref, table, schema, values in (

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsplatform.model.preprocess import ImageError, decode_image, resize_crop
+from rsplatform.model.preprocess import (
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
+    ImageError,
+    _decode,
+    decode_image,
+    read_square,
+    resize_crop,
+    square,
+)
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
@@ -116,3 +125,41 @@ def test_resize_crop_averages_fine_detail_and_refuses_what_is_no_picture():
     for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="uint8"):
             resize_crop(bad, 8)
+
+
+def aerial(height: int, width: int) -> Image.Image:
+    """Coarse and fine detail, as in a photograph."""
+    rng, total = np.random.default_rng(4), np.zeros((height, width, 3))
+    for cell, strength in ((64, 40.0), (16, 25.0), (4, 12.0)):
+        coarse = rng.normal(size=(height // cell + 2, width // cell + 2, 3)) * strength
+        for channel in range(3):
+            total[..., channel] += np.asarray(Image.fromarray(coarse[..., channel]).resize((width, height)))
+    return Image.fromarray((total + 128).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "factor"),
+    [(224, 224, 80, 1), (255, 400, 64, 1), (301, 517, 64, 2), (803, 1001, 64, 4), (1030, 1101, 64, 8)],
+)
+def test_large_jpegs_are_decoded_at_a_part_of_their_size(height: int, width: int, size: int, factor: int) -> None:
+    """As the whole decode but for noise, whether or not the size divides; never with less than twice the pixels."""
+    data = encoded(aerial(height, width), "JPEG", quality=95)
+    decoded = _decode(data, size, MAX_IMAGE_PIXELS, MAX_IMAGE_BYTES)
+    assert decoded.factor == factor and min(decoded.pixels_HWC.shape[:2]) >= (2 * size if factor > 1 else size)
+    assert decoded.pixels_HWC.shape[:2] == (-(-height // factor), -(-width // factor))
+    seen = read_square(data, size, 0.5)
+    whole = square(decode_image(data), size, 0.5)
+    assert seen.ground_sample_distance_m == pytest.approx(whole.ground_sample_distance_m)
+    difference = seen.pixels_HWC.astype(float) - whole.pixels_HWC
+    assert 10 * np.log10(255**2 / max(1e-3, (difference**2).mean())) > 42
+    if factor == 1:
+        np.testing.assert_array_equal(seen.pixels_HWC, whole.pixels_HWC)
+
+
+def test_a_damaged_large_jpeg_is_refused_at_any_size() -> None:
+    data = encoded(aerial(1030, 1101), "JPEG", quality=95)
+    with pytest.raises(ImageError, match="unreadable"):
+        read_square(data[: len(data) // 2] + b"\xff\xd9", 64)
+    np.testing.assert_array_equal(
+        read_square(encoded(aerial(400, 300), "PNG"), 64).pixels_HWC, resize_crop(np.asarray(aerial(400, 300)), 64)
+    )

@@ -1,21 +1,30 @@
 """Batches: the same whatever the threads, the ranks and the cache do; captions with directions are never flipped."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from rsplatform.model.preprocess import ImageError
-from rsplatform.train.augment import Augmentation, augment, has_direction, pad_tokens, sample_rng, square_symmetry
-from rsplatform.train.loader import Share
-from tests.unit.train.tiny_training import CONTEXT_LENGTH, IMAGE_SIZE, TinyStore, tiny_loader, tiny_tokenizer
-
-
-class BrokenStore(TinyStore):
-    def read(self, indices):
-        return [replace(sample, image=b"no picture") for sample in super().read(indices)]
+from rsplatform.train.augment import (
+    Augmentation,
+    augment,
+    draw_caption,
+    has_direction,
+    pad_tokens,
+    sample_rng,
+    square_symmetry,
+)
+from rsplatform.train.loader import LoaderPhase, Share
+from tests.unit.train.tiny_training import (
+    CONTEXT_LENGTH,
+    IMAGE_SIZE,
+    DamagedStore,
+    TinyStore,
+    tiny_loader,
+    tiny_tokenizer,
+)
 
 
 def batches_of(loader, start: int = 0, end: int = 6) -> list:
@@ -82,9 +91,40 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         tiny_loader(Share(0, 3)).batch(0, threads)
 
 
-def test_a_broken_picture_names_its_sample() -> None:
-    with pytest.raises(ImageError, match=r"unreadable: sample sample-\d+"):
-        next(tiny_loader(store=BrokenStore()).batches(0, 1))
+def test_the_next_sample_stands_in_for_one_that_cannot_be_decoded(caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever it is drawn, whatever the ranks, the cache and the start: counted, named, and all others as ever."""
+    broken = {"sample-3": "sample-5", "sample-4": "sample-5", "sample-23": "sample-0"}
+    tried = {"sample-3": 2, "sample-4": 1, "sample-23": 1}
+    sound = batches_of(tiny_loader())
+    batches = batches_of(tiny_loader(store=DamagedStore(set(broken))))
+    for batch, expected in zip(batches, sound, strict=True):
+        assert batch.sample_ids == tuple(broken.get(name, name) for name in expected.sample_ids)
+        assert batch.undecodable == sum(tried.get(name, 0) for name in expected.sample_ids)
+        same = torch.tensor([name not in broken for name in expected.sample_ids])
+        assert torch.equal(batch.images_BHWC[same], expected.images_BHWC[same])
+    assert sum(batch.undecodable for batch in batches) == 2 * sum(tried.values()), "two epochs"
+    assert "sample sample-3: unreadable" in caplog.text
+    assert_same_batches(batches[3:], batches_of(tiny_loader(store=DamagedStore(set(broken)), cache_gb=0.0), 3))
+    shares = [batches_of(tiny_loader(Share(rank, 2), DamagedStore(set(broken)))) for rank in range(2)]
+    assert [sum(pair) for pair in zip(*([b.undecodable for b in own] for own in shares), strict=True)] == [
+        batch.undecodable for batch in batches
+    ]
+
+
+def test_a_row_of_damaged_samples_is_reported_and_not_searched_on() -> None:
+    everything = set(TinyStore(60).ids)
+    assert batches_of(tiny_loader(store=DamagedStore(everything, 60)), 0, 1)[0].undecodable == float("inf")
+
+
+def test_captions_are_drawn_by_their_weights() -> None:
+    captions, rngs = ["alt text", "landmarks", "never"], [sample_rng(0, 0, place) for place in range(3000)]
+    weighted = Counter(draw_caption(captions, (1.0, 3.0, 0.0), rng) for rng in rngs)
+    assert weighted["never"] == 0 and abs(weighted["landmarks"] / 3000 - 0.75) < 0.03
+    even = Counter(draw_caption(captions, (), sample_rng(0, 1, place)) for place in range(3000))
+    assert all(abs(even[caption] / 3000 - 1 / 3) < 0.03 for caption in captions)
+    assert draw_caption(captions, (1.0, 3.0, 0.0), sample_rng(0, 0, 5)) == draw_caption(
+        captions, (1.0, 3.0, 0.0), sample_rng(0, 0, 5)
+    )
 
 
 def test_the_symmetries_are_eight_and_undo_nothing_else() -> None:
@@ -95,18 +135,53 @@ def test_the_symmetries_are_eight_and_undo_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("caption", "expected"),
+    "caption",
     [
-        ("a bar on the Left of the field", True),
-        ("north-eastern corner", True),
-        ("southwest of the river", True),
-        ("the upper part is water", True),
-        ("many green trees around a stadium", False),
-        ("a desktop of rusty leftovers in Westminster, bright", False),
+        "a bar on the Left of the field",
+        "north-eastern corner",
+        "southwest of the river",
+        "the upper part is water",
+        *(f"a road {word} of the harbour" for word in ("above", "below", "beneath", "underneath")),
+        *(f"the {word} bank" for word in ("leftmost", "rightmost", "uppermost", "bottommost", "lowermost", "topmost")),
+        *(
+            f"the {word} bank"
+            for word in ("lefthand", "right-hand", "left hand", "left-side", "topside", "righthanded")
+        ),
+        *(f"the {word} bank" for word in ("northernmost", "southmost", "easterly", "north-westerly", "westside")),
+        *(
+            f"cars go {word}"
+            for word in ("northbound", "southeastward", "leftwards", "rightward", "upward", "downwards")
+        ),
+        *(
+            f"cars go {word}"
+            for word in ("clockwise", "anticlockwise", "counter-clockwise", "vertically", "horizontal")
+        ),
+        *(f"the {word} corner" for word in ("NW", "NE", "SW", "SE", "NNE", "WSW")),
     ],
 )
-def test_directions_are_found_as_words(caption: str, expected: bool) -> None:
-    assert has_direction(caption) == expected
+def test_directions_are_found(caption: str) -> None:
+    assert has_direction(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "many green trees around a stadium",
+        "a desktop of rusty leftovers in Westminster, bright",
+        *(
+            "leftover",
+            "rights of way",
+            "an aboveground pool",
+            "a hot topic",
+            "bottomland",
+            "a stopped train",
+            "clockwork",
+        ),
+        *("aboveboard", "the southerner", "a laptop", "se vende", "ne bougez pas", "upwardly", "lefty", "easter eggs"),
+    ],
+)
+def test_words_that_contain_a_direction_are_none(caption: str) -> None:
+    assert not has_direction(caption)
 
 
 def test_captions_with_directions_keep_their_picture_upright() -> None:
@@ -117,6 +192,19 @@ def test_captions_with_directions_keep_their_picture_upright() -> None:
         assert (view == picture).all()
     views = {augment(picture, IMAGE_SIZE, config, "a road", sample_rng(0, 0, p))[0].tobytes() for p in range(60)}
     assert len(views) == 8
+
+
+def test_a_phase_varies_its_pictures_in_its_own_way() -> None:
+    """Upright in the first two steps, as the whole run without symmetries would have them; turned afterwards."""
+    upright = Augmentation(symmetries=False)
+    mixed = batches_of(
+        tiny_loader(augmentation=Augmentation(), phases=(LoaderPhase(2, IMAGE_SIZE, upright), LoaderPhase(4, 16)))
+    )
+    assert_same_batches(mixed[:2], batches_of(tiny_loader(augmentation=upright), 0, 2))
+    assert_same_batches(mixed[2:], batches_of(tiny_loader(augmentation=Augmentation()), 2))
+    assert not torch.equal(
+        mixed[1].images_BHWC, batches_of(tiny_loader(augmentation=Augmentation()), 1, 2)[0].images_BHWC
+    )
 
 
 def test_a_view_covers_as_much_ground_as_it_says() -> None:

@@ -11,6 +11,7 @@ from rsplatform.model.resolution import with_image_size
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import UPDATES, PlainEngine
 from rsplatform.train.freezing import PARTS, covers_all, is_in_parts
+from rsplatform.train.loader import LoaderPhase
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.recipe import PretrainConfig
 from tests.unit.train.tiny_dataset import tiny_recipe
@@ -56,7 +57,7 @@ def test_a_run_that_ended_anywhere_resumes_bitwise(whole, step: int) -> None:
 
 
 def test_pictures_have_the_size_of_their_phase_and_the_cache_changes_no_pixel() -> None:
-    phases = ((2, 8), (2, 24), (1, 16))
+    phases = (LoaderPhase(2, 8), LoaderPhase(2, 24), LoaderPhase(1, 16))
     stores = TinyStore(), TinyStore()
     cached = tiny_loader(store=stores[0], phases=phases)
     fresh = tiny_loader(store=stores[1], phases=phases, cache_gb=0.0)
@@ -66,7 +67,7 @@ def test_pictures_have_the_size_of_their_phase_and_the_cache_changes_no_pixel() 
             assert images[0].shape[1:] == (size, size, 3)
             assert torch.equal(*images)
     assert stores[0].num_reads == len(stores[0].ids) < stores[1].num_reads
-    assert {len(square.pixels_HWC) for square in cached._cache.values()} == {30}  # 1.25 × the largest
+    assert {len(decoded.square.pixels_HWC) for decoded in cached._cache.values()} == {30}  # 1.25 × the largest
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.train import guard
 from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.engine import PlainEngine
-from rsplatform.train.guard import GuardConfig, GuardState
+from rsplatform.train.guard import DamagedDataError, GuardConfig, GuardState
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import EMA, Hooks, LoopConfig, Progress, TrainingDivergedError, fit
-from tests.unit.train.tiny_training import tiny_loader, tiny_model
+from tests.unit.train.tiny_training import DamagedStore, TinyStore, tiny_loader, tiny_model
 
 CONFIG = GuardConfig(max_skipped_steps=2, window_steps=4)
 
@@ -129,3 +129,35 @@ def test_a_gradient_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
     assert progress.guard.skipped_steps == 1
     assert ["loss" in metrics for metrics in steps] == [True, True, False, True, True]
     assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
+
+
+def test_undecodable_pictures_are_counted_over_restarts_and_too_many_end_the_run(tmp_path: Path) -> None:
+    """Two of 24 samples: each batch of 8 has 2/3 of one, and every picture of the run is read."""
+    damaged = DamagedStore({"sample-3", "sample-11"})
+    loader = tiny_loader(store=damaged)
+    checkpoints, reports = CheckpointFolder(str(tmp_path)), {}
+
+    def run(num_steps: int, limit: float) -> Progress:
+        hooks = Hooks(lambda metrics, step: reports.update({step: metrics}), checkpoints.save)
+        config = LoopConfig(num_steps, report_every_steps=1, guard=GuardConfig(max_undecodable_fraction=limit))
+        engine = PlainEngine(tiny_model(), OptimizerConfig())
+        return fit(engine, loader.batches, lambda step: 1e-3, config, hooks, checkpoints.latest())
+
+    assert run(7, 0.2).guard.undecodable == reports[7]["undecodable"]
+    assert run(15, 0.2).guard.undecodable == reports[15]["undecodable"] == 10, "five epochs"
+    with pytest.raises(DamagedDataError, match=r"1\d of the \d+ pictures drawn so far .* 0.05 allows"):
+        run(20, 0.05)
+    latest = checkpoints.latest()
+    assert latest is not None and latest[1].step == 15, "of which the run may go on when the table is whole again"
+
+
+def test_a_wholly_damaged_table_ends_the_run_before_its_first_step() -> None:
+    ids = set(TinyStore(60).ids)
+    engine = PlainEngine(tiny_model(), OptimizerConfig())
+    before = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    hooks = Hooks(lambda metrics, step: None, lambda tensors, progress: None)
+    with pytest.raises(DamagedDataError, match="a whole row of the 8"):
+        fit(engine, tiny_loader(store=DamagedStore(ids, 60)).batches, lambda step: 1e-3, LoopConfig(3), hooks)
+    assert all(torch.equal(value, before[name]) for name, value in engine.model.state_dict().items())
+    with pytest.raises(ValueError, match="max_undecodable_fraction"):
+        GuardConfig(max_undecodable_fraction=1.5)

@@ -53,10 +53,11 @@ def test_a_run_leaves_its_hardest_pairs_and_their_pictures(root: str) -> None:
     artifact = pretrain(PretrainConfig(**tiny_recipe()), cluster)
     rows = storage.read_json(artifact.path(HARDEST_FILE))
     store = SampleStore(root, "dataset/tiny/v1", "val")
-    captions = {text for index in range(len(store)) for text in store.captions(index)}
+    samples = {sample.id: sample for sample in store.read(range(len(store)))}
+    captions = {text for sample in samples.values() for text in sample.captions}
     assert rows, "a model of eight steps errs"
     for row in rows:
-        assert row["caption"] in store.captions(store.ids.index(row["sample_id"]))
+        assert row["caption"] in samples[row["sample_id"]].captions
         assert row["preferred_caption"] in captions - {row["caption"]}
         assert row["rank"] > 1 and row["preferred_cosine"] > row["own_cosine"]
     assert [row["rank"] for row in rows] == sorted((row["rank"] for row in rows), reverse=True)

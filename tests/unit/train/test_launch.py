@@ -45,6 +45,7 @@ def test_the_front_door_leaves_a_model_that_embeds(trained: Artifact, cluster: C
         "steps": 8,
         "samples_seen": 64,
         "skipped_steps": 0,
+        "undecodable": 0,
         "exported_step": 8,
         "stopped_early": 0,
     }
@@ -179,9 +180,9 @@ def test_bad_recipes_are_refused_at_load(changes: dict, words: str) -> None:
         validate(PretrainConfig, tiny_recipe(**changes), "recipe.yaml")
 
 
-def test_a_mixture_of_an_absent_kind_names_those_that_are_there(cluster: Cluster) -> None:
+def test_a_mixture_of_an_absent_source_names_those_that_are_there(cluster: Cluster) -> None:
     phases = [{"name": "mix", "steps": 2, "schedule": {"learning_rate": 1e-3}, "mixture": {"web_pair": 1.0}}]
-    with pytest.raises(ValueError, match=r"web_pair.*holds chips, web_pairs"):
+    with pytest.raises(ValueError, match=r"web_pair,.*are chips, web_pairs"):
         pretrain(PretrainConfig(**tiny_recipe(output="model/absent/v1", phases=phases)), cluster)
 
 

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsplatform.train.engine import PlainEngine
+from rsplatform.train.loader import LoaderPhase
 from rsplatform.train.meter import Devices, Window, training_flops_per_sample
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import Hooks, LoopConfig, fit
@@ -76,7 +77,7 @@ def test_a_window_of_skipped_steps_has_a_pace_only() -> None:
 def test_a_phase_of_another_size_counts_the_pictures_that_it_sees() -> None:
     """Reports after 2 and 4 steps of a loop that changes size after 1 and 3: a mixed window each."""
     reports, model = [], tiny_model()
-    phases = ((1, 8), (2, IMAGE_SIZE), (1, 24))
+    phases = (LoaderPhase(1, 8), LoaderPhase(2, IMAGE_SIZE), LoaderPhase(1, 24))
     hooks = Hooks(lambda metrics, step: reports.append(metrics), lambda tensors, progress: None)
     config = LoopConfig(4, report_every_steps=2, peak_tflops=0.5)
     engine = PlainEngine(model, OptimizerConfig())

@@ -1,13 +1,10 @@
 """Schedules, decay groups, moving average and curriculum, each against what its words promise."""
 
-from collections import Counter
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
-from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.optimizer import (
     AveragedWeights,
     OptimizerConfig,
@@ -140,36 +137,3 @@ def test_bad_numbers_are_refused() -> None:
             Schedule(1.0, decay="wsd", decay_fraction=fraction)
     with pytest.raises(ValueError, match="final_fraction 2 is not in"):
         Schedule(1.0, final_fraction=2)
-    with pytest.raises(ValueError, match=r"phase web: schedule.warmup_steps 6 is more than its 5 steps"):
-        Curriculum([Phase("web", 5, Schedule(1.0, warmup_steps=6))])
-    whole = Schedule(1.0, warmup_steps=5, decay_fraction=1.0)
-    Curriculum([Phase("web", 5, whole)])
-    Curriculum([Phase("web", 3, whole), Phase("web", 2, whole, continues=True)])
-
-
-TABLES = ["web_pairs/a/v1"] * 30 + ["chips/a/v1"] * 10
-
-
-def test_phases_follow_one_another() -> None:
-    web = Phase("web", 5, Schedule(1.0, decay="constant"), {"web_pairs": 1.0})
-    mix = Phase("mix", 200, Schedule(0.5, warmup_steps=2, decay="constant"), {"web_pairs": 0.5, "chips": 0.5})
-    curriculum = Curriculum((web, mix))
-    assert curriculum.num_steps == 205
-    assert curriculum.phase_starts == (5,)
-    assert [curriculum.locate(step) for step in (0, 4, 5, 204)] == [(0, 0), (0, 4), (1, 0), (1, 199)]
-    assert [curriculum.learning_rate(step) for step in (4, 5, 6, 7)] == [1.0, 0.25, 0.5, 0.5]
-    with pytest.raises(ValueError, match="outside"):
-        curriculum.locate(205)
-    plan = curriculum.plan(TABLES, np.ones(40), 6, seed=1)
-    first_epoch = np.concatenate([plan(step) for step in range(5)])
-    assert sorted(first_epoch) == list(range(30))  # one kind with even weights: each sample once
-    drawn = Counter(TABLES[index].split("/")[0] for step in range(5, 205) for index in plan(step))
-    assert abs(drawn["chips"] / 1200 - 0.5) < 0.06  # 10 of 40 samples, half of the draws
-
-
-def test_without_a_mixture_samples_are_drawn_by_their_own_weights() -> None:
-    weights = np.where(np.arange(40) < 30, 1.0, 3.0)
-    plan = Curriculum((Phase("all", 300, Schedule(1.0)),)).plan(TABLES, weights, 8, seed=0)
-    drawn = Counter(TABLES[index].split("/")[0] for step in range(300) for index in plan(step))
-    assert abs(drawn["chips"] / 2400 - 0.5) < 0.05
-    assert (plan(7) == Curriculum((Phase("all", 300, Schedule(1.0)),)).plan(TABLES, weights, 8, seed=0)(7)).all()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from rsplatform.dataset.store import Origins
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.optimizer import Schedule
 from rsplatform.train.population import Member, Population, member_recipe, next_generation
@@ -70,8 +71,8 @@ def test_cutting_a_phase_changes_nothing() -> None:
     )
     assert cut.num_steps == whole.num_steps and cut.phase_starts == whole.phase_starts == (10,)
     assert [cut.learning_rate(step) for step in range(16)] == [whole.learning_rate(step) for step in range(16)]
-    tables, weights = ["web_pairs/a/v1"] * 9 + ["chips/a/v1"] * 4, np.ones(13)
-    plans = [curriculum.plan(tables, weights, 4, seed=5) for curriculum in (whole, cut)]
+    origins = Origins(("chips", "web_pairs"), np.repeat(np.int16([1, 0]), [9, 4]), np.ones(13, np.float32))
+    plans = [curriculum.plan(origins, 4, seed=5) for curriculum in (whole, cut)]
     for step in range(16):
         assert (plans[0](step) == plans[1](step)).all()
 

@@ -77,7 +77,7 @@ def test_reports_tell_losses_pace_and_rate(tmp_path: Path) -> None:
     reports: dict[int, dict[str, float]] = {}
     train(tmp_path, reports=reports, report_every_steps=5)
     assert sorted(reports) == [5, 10, 12]
-    expected = "loss contrastive caption logit_scale gradient_norm learning_rate skipped_steps"
+    expected = "loss contrastive caption logit_scale gradient_norm learning_rate skipped_steps undecodable"
     expected += " tokens_per_text longest_text_tokens"
     pace = "samples_per_s samples_per_s_per_device data_wait_fraction save_s"
     assert set(reports[5]) == {*expected.split(), *pace.split()}

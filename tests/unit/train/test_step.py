@@ -42,7 +42,7 @@ def gradients(model: Mammut) -> list[torch.Tensor]:
 
 
 def obvious_loss(engine: PlainEngine, config: StepConfig, size: int) -> torch.Tensor:
-    batch = make_batch()
+    batch = make_batch().by_length()
     pieces = [batch.rows(start, start + size) for start in range(0, NUM_SAMPLES, size)]
     outputs = [forward_micro_batch(engine, piece, 4, index, config) for index, piece in enumerate(pieces)]
     z_losses = [output.caption_z_loss_sum for output in outputs if output.caption_z_loss_sum is not None]
@@ -134,3 +134,25 @@ def test_an_auxiliary_loss_is_added_and_refused_with_micro_batches() -> None:
     torch.testing.assert_close(own, other + 2)
     with pytest.raises(ValueError, match="leave micro_batch_size out"):
         prepare_step(engine, make_batch(), 2, StepConfig(micro_batch_size=2), auxiliary)
+
+
+def test_micro_batches_are_buckets_of_like_lengths_and_change_no_number() -> None:
+    """Padded each to its own bucket, over any number of processes: the same samples, and the same loss as one batch."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([3, 30, 5, 17, 9, 28, 4, 6])
+    tokens_BT = torch.randint(3, 300, (8, 32), generator=generator) * (torch.arange(32) < lengths[:, None])
+    tokens_BT[0, 1] = 0  # another tokenizer's own token within a caption
+    images_BHWC = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    batch = Batch(images_BHWC, tokens_BT, tuple(map(str, lengths.tolist())), torch.arange(8.0))
+    ordered = batch.by_length()
+    assert ordered.sample_ids == tuple(map(str, sorted(lengths.tolist())))
+    assert ordered.ground_sample_distance_m_B is not None and ordered.ground_sample_distance_m_B[-1] == 1
+    pieces = [ordered.rows(start, start + 2) for start in range(0, 8, 2)]
+    assert [piece.tokens_BT.shape[1] for piece in pieces] == [8, 8, 24, 32]
+    assert [piece.sample_ids for piece in pieces] == [("3", "4"), ("5", "6"), ("9", "17"), ("28", "30")]
+    whole, bucketed = (make_engine(patch_dropout=0.0, cropped_positions=False, context_length=32) for _ in range(2))
+    expected = forward_backward(whole, batch, 4, StepConfig())
+    parts = forward_backward(bucketed, batch, 4, StepConfig(micro_batch_size=2))
+    for name, value in expected.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(gradients(bucketed.model), gradients(whole.model), atol=1e-9, rtol=1e-9)

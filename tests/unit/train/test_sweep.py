@@ -93,7 +93,7 @@ RATE = {"phases.0.schedule.learning_rate": {"log_uniform": [1e-4, 1e-3]}}
         (POPULATION | {"search": RATE, "num_trials": 1}, "num_trials of at least 2"),
         ({"scheduler": {"type": "population", "interval_steps": 8}}, "interval_steps below the recipe's 8 steps"),
         (POPULATION | {"search": {"phases.1.mixture.chips": {"uniform": [0.5, 1.0]}}}, "leave nothing"),
-        (POPULATION | {"search": {"phases.0.mixture.web_pairs": {"uniform": [0.5, 0.9]}}}, "one kind only"),
+        (POPULATION | {"search": {"phases.0.mixture.web_pairs": {"uniform": [0.5, 0.9]}}}, "one source only"),
         (POPULATION | {"search": {"phases.1.mixture.rocks": {"uniform": [0.1, 0.2]}}}, "no field 'rocks'"),
         (POPULATION | {"search": {"loss.caption_weight": {"uniform": [-1, 1]}}}, "not be negative"),
         ({"scheduler": {"type": "hyperband"}}, "hyperband"),

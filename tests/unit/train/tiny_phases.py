@@ -6,7 +6,7 @@ import torch
 
 from rsplatform.train.curriculum import Curriculum, Phase
 from rsplatform.train.engine import Engine
-from rsplatform.train.loader import Share
+from rsplatform.train.loader import LoaderPhase, Share
 from rsplatform.train.optimizer import Schedule
 from rsplatform.train.pretrain import Hooks, LoopConfig, Progress, Resume, fit
 from tests.unit.train.tiny_training import tiny_loader, tiny_model
@@ -37,7 +37,7 @@ def train_phases(
         copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         saved[progress.step] = (copies | {"losses": losses[progress.step]}, progress)
 
-    sizes = tuple((phase.steps, phase.image_size or 16) for phase in CURRICULUM.phases)
+    sizes = tuple(LoaderPhase(phase.steps, phase.image_size or 16) for phase in CURRICULUM.phases)
     hooks = Hooks(report, save, frozen_parts=CURRICULUM.frozen_parts)
     config = LoopConfig(end, seed=2, report_every_steps=1, checkpoint_every_steps=1)
     fit(engine, tiny_loader(share, phases=sizes).batches, CURRICULUM.learning_rate, config, hooks, resume)

@@ -1,7 +1,7 @@
 """A very small training problem for the tests of this room: coloured squares with captions, in memory."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 210), 
 class TinySample:
     id: str
     image: bytes
+    captions: tuple[str, ...]
+    caption_weights: tuple[float, ...]
     ground_sample_distance_m: float
 
 
@@ -43,7 +45,11 @@ class TinyStore:
 
     def read(self, indices) -> list[TinySample]:
         self.num_reads += len(indices)
-        return [TinySample(self.ids[int(i)], self._png(int(i)), self.distance_m(int(i))) for i in indices]
+        return [self._sample(int(index)) for index in indices]
+
+    def _sample(self, index: int) -> TinySample:
+        captions = tuple(self.captions(index))
+        return TinySample(self.ids[index], self._png(index), captions, (1.0, 1.0), self.distance_m(index))
 
     @staticmethod
     def distance_m(index: int) -> float:
@@ -59,6 +65,18 @@ class TinyStore:
         stream = io.BytesIO()
         Image.fromarray(pixels_HWC).save(stream, format="PNG")
         return stream.getvalue()
+
+
+class DamagedStore(TinyStore):
+    """The same, with samples whose bytes are no picture."""
+
+    def __init__(self, damaged: set[str], num_samples: int = 24) -> None:
+        super().__init__(num_samples)
+        self.damaged = damaged
+
+    def read(self, indices):
+        samples = super().read(indices)
+        return [replace(each, image=b"no picture") if each.id in self.damaged else each for each in samples]
 
 
 def tiny_tokenizer() -> Tokenizer:
