@@ -25,7 +25,8 @@ from torch import Tensor
 
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
-from rsplatform.model.openmammut import config_of_layout, tensors_of_layout
+from rsplatform.model.openmammut import tensors_of_layout
+from rsplatform.model.openmammut_config import config_of_layout
 from rsplatform.model.sizes import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD
 from rsplatform.model.weights import model_from_tensors
 from rsplatform.train.allocator import keep_freed_memory

@@ -76,16 +76,14 @@ def training_flops_per_sample(model: MammutConfig, tokens_per_text: float, image
     return 3 * (_vision_flops(model) + _text_flops(model, tokens_per_text))
 
 
-def _image_tokens(model: MammutConfig) -> int:
-    """Tokens of one picture that the blocks see."""
+def _kept_patches(model: MammutConfig) -> int:
     vision = model.vision
-    kept = max(1, round((vision.image_size // vision.patch_size) ** 2 * (1 - vision.patch_dropout)))
-    return kept + vision.class_token
+    return max(1, round((vision.image_size // vision.patch_size) ** 2 * (1 - vision.patch_dropout)))
 
 
 def _vision_flops(model: MammutConfig) -> float:
     vision, width = model.vision, model.vision.width
-    tokens = _image_tokens(model)
+    tokens = _kept_patches(model) + vision.class_token
     patches = (vision.image_size // vision.patch_size) ** 2
     embedding = 2 * patches * 3 * vision.patch_size**2 * width
     block = _attention_flops(tokens, tokens, width) + 4 * tokens * width * vision.mlp_width
@@ -97,7 +95,8 @@ def _vision_flops(model: MammutConfig) -> float:
 
 def _text_flops(model: MammutConfig, tokens_per_text: float) -> float:
     """Both passes. Attention counts the mean length squared, a little less than the mean of squares."""
-    text, width, image_tokens = model.text, model.text.width, _image_tokens(model)
+    text, width = model.text, model.text.width
+    image_tokens = _kept_patches(model) + model.vision.pools_class_token
     num_cross = len(range(0, text.num_layers, text.cross_attention_every))
     num_mlps = text.num_layers if text.self_mlp_before_cross else text.num_layers - num_cross
 
