@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from rsplatform.config import Config, ConfigError, apply_override, read_yaml, validate
 
@@ -41,6 +41,15 @@ class TrainPlacement(Config):
     recompute_every_blocks: int | None = Field(default=None, ge=1)  # recompute every nth block; 1: all, None: none
     compile_blocks: bool = False  # torch.compile of each block
     peak_tflops: float | None = Field(default=None, gt=0)  # of one device in the recipe's precision, for `mfu`
+
+    @model_validator(mode="after")
+    def _one_process_is_one_worker(self) -> "TrainPlacement":
+        if self.launcher == "local" and self.num_workers > 1:
+            raise ValueError(
+                f"launcher local is one worker in this process, not num_workers {self.num_workers}: "
+                "set num_workers to 1, or launcher to ray"
+            )
+        return self
 
 
 class TunePlacement(Config):

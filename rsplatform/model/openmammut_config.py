@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from rsplatform.model.frozen_config import unknown_key_message
 from rsplatform.model.mammut import MammutConfig
 from rsplatform.model.sizes import OPENMAMMUT_TEXT, OPENMAMMUT_VISION
+from rsplatform.model.state import WeightsError
 from rsplatform.model.text_decoder import TextConfig
 from rsplatform.model.vision_encoder import VisionConfig
-from rsplatform.model.weights import WeightsError
 
 VISION_POOLING = {"avg_all": "mean_all", "avg": "mean"}  # with the class token, without it
 TEXT_POOLING = {"avg_all": "mean_all", "avg": "masked_mean"}

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rsplatform.model.mammut import Mammut, MammutConfig
-from rsplatform.model.openmammut import BLOCK_PARTS
 from rsplatform.model.openmammut_config import TEXT_POOLING, VISION_POOLING, config_of_layout
-from rsplatform.model.weights import WeightsError
+from rsplatform.model.openmammut_tensors import BLOCK_PARTS
+from rsplatform.model.state import WeightsError
 
 _POOLINGS = (VISION_POOLING, TEXT_POOLING)
 _NORMS = {

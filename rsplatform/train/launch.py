@@ -1,7 +1,8 @@
 """Front door `pretrain`: a dataset artifact in, a model artifact out, through Ray Train or in this process.
 
 Makes the tokenizer, starts the workers of the placement, exports the final weights. Ray restarts dead workers;
-which step they go on from is decided by our checkpoints. The loop itself is in pretrain.py.
+which step they go on from is decided by our checkpoints. Ray is imported only where it launches: the local launcher
+works where it is not installed. The loop itself is in pretrain.py.
 """
 
 import logging
@@ -11,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact, open_artifact
@@ -20,7 +19,6 @@ from rsplatform.cluster import Cluster
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import MammutConfig
 from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, save_model
-from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
 from rsplatform.train.curriculum import RecipeMismatchError
@@ -114,6 +112,8 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
     """
     if job.placement.launcher == "local":
         return run_worker(job)
+    from rsplatform.runtime import ray_runtime  # not above: the local launcher does without Ray
+
     with ray_runtime(cluster):
         outcome = _ray_train(job)
     if job.run is not None:
@@ -125,6 +125,9 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
 
 
 def _ray_train(job: WorkerJob) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     placement = job.placement
     # a work folder per start: Ray keeps no state of ours there, and its own restore stays out of exact resume
     system, path = storage.filesystem(f"{job.folder}/work/ray_train")

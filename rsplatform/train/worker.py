@@ -21,8 +21,9 @@ from rsplatform.cluster import TrainPlacement
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.resolution import with_image_size
+from rsplatform.model.state import model_from_tensors
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.model.weights import TOKENIZER_FILE, load_model, model_from_tensors
+from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.tracking import Run
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.augment import NO_AUGMENTATION
@@ -58,7 +59,9 @@ class WorkerJob:
     @property
     def checkpoints(self) -> CheckpointFolder:
         """The run's checkpoints."""
-        return CheckpointFolder(f"{self.folder}/checkpoints", self.config.keep_checkpoints)
+        return CheckpointFolder(
+            f"{self.folder}/checkpoints", self.config.keep_checkpoints, self.config.keep_every_steps
+        )
 
 
 def ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:

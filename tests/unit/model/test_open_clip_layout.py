@@ -19,7 +19,7 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.model.openmammut import load_openmammut
 from rsplatform.model.openmammut_config import config_of_layout
 from rsplatform.model.openmammut_export import save_openmammut, tensors_to_layout
-from rsplatform.model.weights import WeightsError
+from rsplatform.model.state import WeightsError
 
 EMBEDDING = 20
 SHAPE = ReferenceShape(32, 2, 2, 8, 16, 24, 4, 3, context_length=12, vocab_size=60, cross_attn_ratio=2)

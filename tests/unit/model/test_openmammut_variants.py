@@ -9,7 +9,7 @@ from rsplatform.model.mammut import MammutConfig, mammut_config
 from rsplatform.model.openmammut import load_openmammut
 from rsplatform.model.openmammut_config import config_of_layout
 from rsplatform.model.openmammut_export import exact_ratio, layout_config, tensors_to_layout
-from rsplatform.model.weights import WeightsError
+from rsplatform.model.state import WeightsError
 
 VARIANTS = [(ratio, has_mlp, layers) for ratio in (1, 2, 3, 4) for has_mlp in (True, False) for layers in (3, 4, 5)]
 
