@@ -69,6 +69,7 @@ def config_of_layout(config: Mapping[str, Any], origin: str, num_cross_blocks: i
     layout = _layout(config, origin)
     vision = _vision_config(layout)
     text, projects = layout.text, _has_projection(layout)
+    shared: dict[str, Any] = {**OPENMAMMUT_TEXT, "pooling": _text_pooling(layout), "projection": projects}
     embedding_width = layout.whole.get("embed_dim", text["width"] if not projects else None)
     if embedding_width is None:
         raise WeightsError(f"{origin}: embed_dim is missing; proj_type 'linear' needs it")
@@ -88,7 +89,7 @@ def config_of_layout(config: Mapping[str, Any], origin: str, num_cross_blocks: i
             vocab_size=text["vocab_size"],
             cross_attention_every=_cross_attention_every(layout, num_cross_blocks),
             self_mlp_before_cross=text.get("has_mlp", True),
-            **OPENMAMMUT_TEXT | {"pooling": _text_pooling(layout), "projection": projects},
+            **shared,
         ),
         embedding_width=embedding_width,
     )
@@ -135,8 +136,10 @@ def _checked(config: Mapping[str, Any], part: str, names: tuple[str, ...], origi
 
 def _vision_config(layout: _Layout) -> VisionConfig:
     vision, preprocess = layout.vision, layout.whole["preprocess_cfg"]
-    statistics = {ours: preprocess[name] for ours, name in (("pixel_mean", "mean"), ("pixel_std", "std"))
-                  if name in preprocess}  # fmt: skip
+    shared: dict[str, Any] = {**OPENMAMMUT_VISION, "pooling": _vision_pooling(layout)}
+    for ours, theirs in (("pixel_mean", "mean"), ("pixel_std", "std")):
+        if theirs in preprocess:
+            shared[ours] = tuple(float(value) for value in preprocess[theirs])
     return VisionConfig(
         width=vision["width"],
         num_layers=vision["layers"],
@@ -144,9 +147,7 @@ def _vision_config(layout: _Layout) -> VisionConfig:
         mlp_width=int(vision["width"] * vision.get("mlp_ratio", 4)),
         patch_size=vision["patch_size"],
         image_size=vision["image_size"],
-        **OPENMAMMUT_VISION
-        | {"pooling": _vision_pooling(layout)}
-        | {name: tuple(float(value) for value in values) for name, values in statistics.items()},
+        **shared,
     )
 
 
