@@ -6,7 +6,9 @@ computed, the vocabulary head in both passes, cross-entropy over (batch, vocabul
 Shapes: B batch, C channels, H W pixels, L tokens, N image tokens, D width, T text tokens, V vocabulary, E embedding.
 """
 
+import json
 from collections import OrderedDict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -165,13 +167,45 @@ class ReferenceMammut(nn.Module):
         return F.normalize(image_BE, dim=-1), F.normalize(hidden_BTD.mean(1), dim=-1), logits_BTV
 
     def loss(self, images_BCHW: Tensor, tokens_BT: Tensor) -> Tensor:
-        """InfoNCE plus the cross-entropy of the next token (pad id 0 is ignored), weighed 1:1."""
+        """Both losses, weighed 1:1."""
+        contrastive, caption = self.losses(images_BCHW, tokens_BT)
+        return contrastive + caption
+
+    def losses(self, images_BCHW: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """InfoNCE, and the cross-entropy of the next token (pad id 0 is ignored)."""
         image_BE, text_BE, logits_BTV = self(images_BCHW, tokens_BT)
         labels_B = torch.arange(len(image_BE))
         scale = self.logit_scale.exp()
         contrastive = F.cross_entropy(scale * image_BE @ text_BE.T, labels_B)
         contrastive = (contrastive + F.cross_entropy(scale * text_BE @ image_BE.T, labels_B)) / 2
-        return contrastive + F.cross_entropy(logits_BTV.permute(0, 2, 1), tokens_BT[:, 1:], ignore_index=0)
+        return contrastive, F.cross_entropy(logits_BTV.permute(0, 2, 1), tokens_BT[:, 1:], ignore_index=0)
+
+
+def conformance_gaps(path: Path) -> dict[str, float]:
+    """How far this reference is, by name, from the outputs that the original implementation gave: a file of weights
+    in its layout, inputs `io.image` and `io.text`, and `io.` outputs."""
+    from safetensors import safe_open  # not above: a machine that only compares speeds need not have it
+    from safetensors.torch import load_file
+
+    with safe_open(path, framework="pt") as file:
+        layout = json.loads((file.metadata() or {})["config"])
+    tensors = load_file(path)
+    vision, text = layout["vision"], layout["text"]
+    heads = vision["heads"] if "heads" in vision else vision["width"] // vision["head_width"]
+    shape = ReferenceShape(
+        vision["width"], vision["layers"], heads, vision["patch_size"], vision["image_size"],
+        text["width"], text["layers"], text["heads"], text["context_length"], text["vocab_size"],
+        text["cross_attn_ratio"], text["has_mlp"],
+    )  # fmt: skip
+    model = ReferenceMammut(shape).eval()
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("io.")})
+    inputs = (tensors["io.image"], tensors["io.text"])
+    with torch.inference_mode():
+        found = dict(zip(("image_features", "text_features", "logits"), model(*inputs), strict=True))
+        contrastive, caption = model.losses(*inputs)
+        found |= {"image_tokens": model.visual(inputs[0])[1]}
+        found |= {"contrastive_loss": contrastive[None], "caption_loss_x2": 2 * caption[None]}
+    return {name: float((value - tensors[f"io.{name}"]).abs().max()) for name, value in found.items()}
 
 
 class ReferenceStep:

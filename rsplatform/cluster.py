@@ -120,6 +120,15 @@ class TrainPlacement(Config):
         """The smallest number that may train together; the local launcher starts one."""
         return 1 if self.launcher == "local" else min(self.worker_counts(batch_size), default=self.num_workers)
 
+    @model_validator(mode="after")
+    def _one_process_is_one_worker(self) -> "TrainPlacement":
+        if self.launcher == "local" and self.num_workers > 1:
+            raise ValueError(
+                f"launcher local is one worker in this process, not num_workers {self.num_workers}: "
+                "set num_workers to 1, or launcher to ray"
+            )
+        return self
+
 
 class TunePlacement(Config):
     """Trials at the same time, and the cores each asks for."""

@@ -2,8 +2,9 @@
 
 Reads whole checkpoints from storage, so it may run beside the training, on another machine, or afterwards; the training
 neither knows nor waits. The numbers are those that `evaluate` gives the same weights; they go into the training's own
-MLflow run, at the checkpoint's step. What is pruned before it is read is left out. On a machine whose GPU is the
-training's, hide it (CUDA_VISIBLE_DEVICES=) and it scores on the cores.
+MLflow run, at the checkpoint's step. Every n-th step is scored for sure where the training's recipe keeps it
+(`keep_every_steps`); else what is pruned before it is read is left out, with a warning. On a machine whose GPU is
+the training's, hide it (CUDA_VISIBLE_DEVICES=) and it scores on the cores.
 """
 
 import logging
@@ -37,7 +38,8 @@ logger = logging.getLogger("rsplatform.evaluate")
 class FollowConfig(StageConfig):
     """An evaluation's recipe whose model may still be in training. `every_steps`: steps between scored checkpoints.
 
-    The last checkpoint is scored in any case. No input of the artifact: a fingerprint needs a finished model.
+    Exactly its multiples are scored if the training's `keep_every_steps` divides it, however late they are read. The
+    last checkpoint is scored in any case. No input of the artifact: a fingerprint needs a finished model.
     """
 
     model: ArtifactRef
@@ -62,6 +64,11 @@ class Training:
     def checkpoints(self) -> CheckpointFolder:
         """Where its checkpoints appear."""
         return CheckpointFolder(self.artifact.path("checkpoints"))
+
+    def keeps(self, every_steps: int) -> bool:
+        """Whether it prunes no checkpoint of a multiple of `every_steps`."""
+        kept = self.recipe.keep_every_steps
+        return kept is not None and every_steps % kept == 0
 
 
 def follow(config: FollowConfig, cluster: Cluster) -> Artifact:
@@ -110,7 +117,8 @@ def _score_all(config: FollowConfig, cluster: Cluster, stage: Stage, training: T
     news_at_s = time.monotonic()
     while True:
         is_finished = training.artifact.is_finished  # asked first: then the last checkpoint is among the steps
-        step = next_step(training.checkpoints.steps(), [row["step"] for row in rows], config.every_steps, is_finished)
+        steps, scored = training.checkpoints.steps(), [row["step"] for row in rows]
+        step = next_step(steps, scored, config.every_steps, is_finished, training.keeps(config.every_steps))
         if step is not None:
             row = _score_checkpoint(config, cluster, stage, training, step)
             if row is not None:
@@ -137,10 +145,17 @@ def _score_all(config: FollowConfig, cluster: Cluster, stage: Stage, training: T
     return rows
 
 
-def next_step(steps: list[int], scored: list[int], every_steps: int, is_finished: bool) -> int | None:
-    """Of the checkpoints that are there, the first one due; of a finished training the last one is always due."""
+def next_step(
+    steps: list[int], scored: list[int], every_steps: int, is_finished: bool, are_kept: bool = False
+) -> int | None:
+    """Of the checkpoints that are there, the first one due; of a finished training the last one is always due.
+
+    `are_kept`: no multiple of `every_steps` is ever pruned, so exactly these are due.
+    """
     last = max(scored, default=0)
-    due = [step for step in steps if step >= last + every_steps]
+    due = [
+        step for step in steps if (step > last and step % every_steps == 0 if are_kept else step >= last + every_steps)
+    ]
     if not due and is_finished and steps and steps[-1] > last:
         due = steps[-1:]
     return due[0] if due else None
@@ -156,7 +171,13 @@ def _score_checkpoint(
     except OSError:
         if step in checkpoints.steps():
             raise
-        logger.info("%s: the checkpoint of step %d was pruned before it could be read", config.model, step)
+        logger.warning(
+            "%s: the checkpoint of step %d was pruned before it could be read; keep_every_steps: %d in the training's "
+            "recipe would have kept it",
+            config.model,
+            step,
+            config.every_steps,
+        )
         return None
     model = model_of_checkpoint(training.recipe, cluster.root, tensors, f"{checkpoints.uri}, step {step}")
     embedder = Embedder(model.to(driver_device()), load_tokenizer(training.artifact.uri))

@@ -166,7 +166,8 @@ class Mammut(nn.Module):
         return unit_length(self.text.contrastive(tokens_BT))
 
     def image_tokens(self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None) -> Tensor:
-        """What cross-attention reads (B, N, D): all tokens (class token first) before the encoder's last norm."""
+        """What cross-attention reads (B, N, D): tokens before the encoder's last norm, class token
+        first where the pooling has one."""
         return self.vision(images_BCHW, ground_sample_distance_m_B)
 
     def caption_logits(

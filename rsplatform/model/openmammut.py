@@ -2,12 +2,12 @@
 
 In: a .safetensors file, or a training checkpoint (.pt, .pth, .bin; read with weights_only), and its config from the
 argument, the file's metadata or a JSON beside it. Out: (Mammut in eval mode, MammutConfig). Brings no tokenizer.
-Shapes: W text width, V vocabulary, D vision width, P patch size, N positions.
+Reads files; what the names mean is in openmammut_config.py and openmammut_tensors.py.
 """
 
 import dataclasses
 import json
-import math
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rsplatform.model.frozen_config import unknown_key_message
 from rsplatform.model.mammut import Mammut, MammutConfig
-from rsplatform.model.sizes import OPENMAMMUT_TEXT, OPENMAMMUT_VISION
-from rsplatform.model.text_decoder import TextConfig
-from rsplatform.model.vision_encoder import VisionConfig
-from rsplatform.model.weights import WeightsError, model_from_tensors, read_tensors
+from rsplatform.model.openmammut_config import config_of_layout, states_text_pooling
+from rsplatform.model.openmammut_tensors import tensors_of_layout
+from rsplatform.model.state import WeightsError, model_from_tensors
+from rsplatform.model.weights import read_tensors
 
-# our name of a linear map or norm inside a block <- its name in the layout
-BLOCK_PARTS = {
-    "ln_1": "norm_attention",
-    "attn.out_proj": "attention.out",
-    "ln_2": "norm_mlp",
-    "mlp.c_fc": "mlp.expand",
-    "mlp.c_proj": "mlp.contract",
-}
-_VISION_KEYS = {"width", "layers", "head_width", "heads", "patch_size", "image_size", "mlp_ratio"}
-_TEXT_KEYS = {"width", "layers", "heads", "context_length", "vocab_size", "cross_attn_ratio", "has_mlp", "mlp_ratio"}
+# where the config is looked for beside the weights, after <file stem>.json: open_clip's name on model hubs, then ours
+BESIDE = ("open_clip_config.json", "config.json")
+
+logger = logging.getLogger("rsplatform.model")
 
 
 def load_openmammut(path: Path | str, config: Mapping[str, Any] | None = None) -> tuple[Mammut, MammutConfig]:
     """Read openMaMMUT weights.
 
-    `config` is {"vision": {…}, "text": {…}} (or vision_cfg / text_cfg); without it the safetensors metadata's
-    `config` is used, else `<file stem>.json` or `config.json` beside the file. Tensors named `io.*` are skipped.
+    `config` is {"vision": {…}, "text": {…}}, or one of open_clip's (openmammut_config.py tells which); without it the
+    safetensors metadata's `config` is used, else `<file stem>.json`, `open_clip_config.json` or `config.json` beside
+    the file. Tensors named `io.*` are skipped.
 
     Raises:
         FileNotFoundError: no such file. WeightsError: no config, a config without head counts or with unknown
@@ -49,8 +43,15 @@ def load_openmammut(path: Path | str, config: Mapping[str, Any] | None = None) -
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     found, origin = (config, "config argument") if config is not None else _find_config(path)
-    mammut_config = config_of_layout(found, origin)
     tensors = {key: value for key, value in _read_layout(path).items() if not key.startswith("io.")}
+    mammut_config = config_of_layout(found, origin, _num_cross_blocks(tensors))
+    if "text.lm_head" in tensors and not states_text_pooling(found):
+        logger.warning(
+            "%s: weights as current open_clip names them, and a config (%s) that does not state text pool_type: read "
+            "as openMaMMUT's 'avg_all', as in converted weights; state 'avg' if open_clip trained them by its default",
+            path,
+            origin,
+        )
     # only models trained with the SigLIP loss have one; their config does not say so
     mammut_config = dataclasses.replace(mammut_config, logit_bias="logit_bias" in tensors)
     try:
@@ -62,60 +63,6 @@ def load_openmammut(path: Path | str, config: Mapping[str, Any] | None = None) -
     return model_from_tensors(mammut_config, ours, str(path)), mammut_config
 
 
-def config_of_layout(config: Mapping[str, Any], origin: str) -> MammutConfig:
-    """Our config for an openMaMMUT one; nothing that changes results is guessed."""
-    vision = _checked(config, "vision", _VISION_KEYS, origin)
-    text = _checked(config, "text", _TEXT_KEYS, origin)
-    width = vision["width"]
-    return MammutConfig(
-        vision=VisionConfig(
-            width=width,
-            num_layers=vision["layers"],
-            num_heads=_vision_heads(vision, origin),
-            mlp_width=int(width * vision.get("mlp_ratio", 4)),
-            patch_size=vision["patch_size"],
-            image_size=vision["image_size"],
-            **OPENMAMMUT_VISION,
-        ),
-        text=TextConfig(
-            width=text["width"],
-            num_layers=text["layers"],
-            num_heads=text["heads"],
-            mlp_width=int(text["width"] * text.get("mlp_ratio", 4)),
-            context_length=text["context_length"],
-            vocab_size=text["vocab_size"],
-            cross_attention_every=text.get("cross_attn_ratio", 2),
-            self_mlp_before_cross=text.get("has_mlp", True),
-            **OPENMAMMUT_TEXT,
-        ),
-        embedding_width=text["width"],
-    )
-
-
-def _vision_heads(vision: Mapping[str, Any], origin: str) -> int:
-    if "heads" in vision:
-        return vision["heads"]
-    if "head_width" in vision:
-        return vision["width"] // vision["head_width"]
-    raise WeightsError(f"{origin}: vision needs 'heads' or 'head_width'; the weights do not tell it")
-
-
-def _checked(config: Mapping[str, Any], part: str, valid: set[str], origin: str) -> dict[str, Any]:
-    found = config.get(part, config.get(f"{part}_cfg"))
-    if not isinstance(found, Mapping):
-        raise WeightsError(f"{origin}: has no '{part}' section")
-    for key in found:
-        if key not in valid:
-            raise WeightsError(f"{origin}, {part}: {unknown_key_message(key, sorted(valid))}")
-    optional = {"mlp_ratio", "cross_attn_ratio", "has_mlp"}
-    if part == "vision":
-        optional |= {"heads", "head_width"}
-    for key in sorted(valid - optional):
-        if key not in found:
-            raise WeightsError(f"{origin}, {part}: '{key}' is missing; the weights do not tell it")
-    return dict(found)
-
-
 def _find_config(path: Path) -> tuple[Mapping[str, Any], str]:
     if path.suffix == ".safetensors":
         try:
@@ -125,11 +72,11 @@ def _find_config(path: Path) -> tuple[Mapping[str, Any], str]:
             raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
         if "config" in metadata:
             return _parsed(metadata["config"], f"{path} (metadata)")
-    for beside in (path.with_suffix(".json"), path.with_name("config.json")):
+    for beside in (path.with_suffix(".json"), *(path.with_name(name) for name in BESIDE)):
         if beside.is_file():
             return _parsed(beside.read_text(encoding="utf-8"), str(beside))
     raise WeightsError(
-        f"{path}: no config in the metadata and no {path.stem}.json or config.json beside it; "
+        f"{path}: no config in the metadata and no {path.stem}.json, {' or '.join(BESIDE)} beside it; "
         "pass config={'vision': {...}, 'text': {...}}"
     )
 
@@ -144,6 +91,10 @@ def _parsed(text: str, origin: str) -> tuple[Mapping[str, Any], str]:
     return parsed, origin
 
 
+def _num_cross_blocks(tensors: Mapping[str, Tensor]) -> int:
+    return len({key.split(".")[2] for key in tensors if key.startswith("text.cross_attn.")})
+
+
 def _read_layout(path: Path) -> dict[str, Tensor]:
     """Tensors of the file, unwrapped from `state_dict` and without `module.` prefixes."""
     if path.suffix == ".safetensors":
@@ -156,65 +107,3 @@ def _read_layout(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def tensors_of_layout(tensors: dict[str, Tensor], config: MammutConfig) -> dict[str, Tensor]:
-    """Our tensors by our names; takes what it uses out of `tensors`, so that what remains is unknown."""
-    take = tensors.pop
-    head_key = "text.lm_head" if "text.lm_head" in tensors else "text.text_projection"  # mainstream open_clip's name
-    positions_ND = take("visual.positional_embedding")
-    grid = math.isqrt(len(positions_ND) - 1)
-    ours = {
-        "vision.class_token_D": take("visual.class_embedding"),
-        "vision.class_position_D": positions_ND[0],
-        "vision.position_HWD": positions_ND[1:].unflatten(0, (grid, -1)),
-        "vision.patch_embedding.weight": take("visual.conv1.weight").flatten(1),
-        "vision.projection.weight": take("visual.proj").T,
-        "text.token_embedding_VD": take("text.token_embedding.weight"),
-        "text.position_TD": take("text.positional_embedding"),
-        "text.vocabulary_VD": take(head_key).T,
-        "image_to_text.weight": take("map_viz2txt_kv").T,
-        "log_logit_scale": take("logit_scale").reshape(1),
-    }
-    if config.logit_bias:
-        ours["logit_bias"] = take("logit_bias").reshape(1)
-    norms = {"visual.ln_pre": "vision.norm_input", "visual.ln_post": "vision.norm_output"}
-    for theirs, our in (norms | {"text.ln_final": "text.norm_output"}).items():
-        ours |= _take_affine(tensors, theirs, our)
-    for index in range(config.vision.num_layers):
-        ours |= _take_block(tensors, f"visual.transformer.resblocks.{index}", f"vision.blocks.{index}")
-    for index in range(config.text.num_layers):
-        ours |= _take_block(tensors, f"text.resblocks.{index}", f"text.blocks.{index}")
-    for index in range(len(range(0, config.text.num_layers, config.text.cross_attention_every))):
-        ours |= _take_cross_block(tensors, f"text.cross_attn.{index}", f"text.cross_blocks.{index}")
-    return {name: tensor.contiguous() for name, tensor in ours.items()}
-
-
-def _take_affine(tensors: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    return {f"{ours}.{kind}": tensors.pop(f"{theirs}.{kind}") for kind in ("weight", "bias")}
-
-
-def _take_block(tensors: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    """A self-attention block; small variants have no ln_2 and MLP where a cross block follows."""
-    taken = {
-        f"{ours}.attention.qkv.weight": tensors.pop(f"{theirs}.attn.in_proj_weight"),
-        f"{ours}.attention.qkv.bias": tensors.pop(f"{theirs}.attn.in_proj_bias"),
-    }
-    for their_part, our_part in BLOCK_PARTS.items():
-        if f"{theirs}.{their_part}.weight" in tensors:
-            taken |= _take_affine(tensors, f"{theirs}.{their_part}", f"{ours}.{our_part}")
-    return taken
-
-
-def _take_cross_block(tensors: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    """A cross block: its packed projection is the query's (text) over the key's and value's (image)."""
-    taken: dict[str, Tensor] = {}
-    for kind in ("weight", "bias"):
-        packed = tensors.pop(f"{theirs}.attn.in_proj_{kind}")
-        width = len(packed) // 3
-        taken[f"{ours}.attention.query.{kind}"] = packed[:width]
-        taken[f"{ours}.attention.key_value.{kind}"] = packed[width:]
-    parts = BLOCK_PARTS | {"ln_1": "norm_text", "ln_1_kv": "norm_image"}
-    for their_part, our_part in parts.items():
-        taken |= _take_affine(tensors, f"{theirs}.{their_part}", f"{ours}.{our_part}")
-    return taken

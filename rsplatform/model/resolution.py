@@ -9,7 +9,7 @@ import torch
 
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.positions import interpolate_positions
-from rsplatform.model.weights import model_from_tensors
+from rsplatform.model.state import model_from_tensors
 
 
 def with_image_size(model: Mammut, image_size: int) -> Mammut:

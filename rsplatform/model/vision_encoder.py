@@ -53,6 +53,11 @@ class VisionConfig:
         if not 0.0 <= self.patch_dropout < 1.0:
             raise ValueError(f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
 
+    @property
+    def pools_class_token(self) -> bool:
+        """Whether a class token takes part in the pooling, and so in what cross-attention reads."""
+        return self.class_token and self.pooling != "mean"
+
 
 class PatchFeatures(NamedTuple):
     """What pooling reads, per patch: pooling `values` over every token with these gives the image embedding.
@@ -143,7 +148,8 @@ class VisionEncoder(nn.Module):
     def forward(
         self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None, *, keeps_patches: bool = False
     ) -> Tensor:
-        """Tokens (B, N, D), class token first if there is one, before the last norm: what cross-attention reads.
+        """Tokens (B, N, D) before the last norm: what pooling and cross-attention read. A class token comes first,
+        but with pooling "mean", which leaves it out, it has only been attended to (as in open_clip).
 
         Distances in metres per pixel of these images: None or NaN is unknown and adds nothing. `keeps_patches`: no
         patch dropout, in training either, for those who need the whole grid.
@@ -163,7 +169,8 @@ class VisionEncoder(nn.Module):
         tokens_BND = self.norm_input(tokens_BND)
         for block in self.blocks:
             tokens_BND = block(tokens_BND)
-        return tokens_BND
+        is_done = self.config.class_token and not self.config.pools_class_token
+        return tokens_BND[:, 1:] if is_done else tokens_BND
 
     def _patches(self, images_BCHW: Tensor) -> Tensor:
         """Cut into patches (B, H/P, W/P, C·P·P): a reshape and one matmul are faster than a strided convolution."""
@@ -188,13 +195,9 @@ class VisionEncoder(nn.Module):
             return tokens_BND, None
         return self.pool(self.norm_output(tokens_BND))
 
-    def _pooled_tokens(self, tokens_BND: Tensor) -> Tensor:
-        drops_class = self.class_token_D is not None and self.config.pooling == "mean"
-        return tokens_BND[:, 1:] if drops_class else tokens_BND
-
     def embed_tokens(self, tokens_BND: Tensor) -> Tensor:
         """Pool tokens of `forward` into the embedding space (B, E), not yet of unit length."""
-        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(tokens_BND))
+        values_BND, scores_BKN = self._values_and_scores(tokens_BND)
         return self.head(pool_values(values_BND, scores_BKN))
 
     def head(self, pooled_D: Tensor) -> Tensor:
@@ -208,8 +211,8 @@ class VisionEncoder(nn.Module):
         size = self.config.patch_size
         grid = (images_BCHW.shape[2] // size, images_BCHW.shape[3] // size)
         tokens_BND = self(images_BCHW, ground_sample_distance_m_B, keeps_patches=True)
-        values_BND, scores_BKN = self._values_and_scores(self._pooled_tokens(tokens_BND))
-        has_class = self.class_token_D is not None and self.config.pooling != "mean"
+        values_BND, scores_BKN = self._values_and_scores(tokens_BND)
+        has_class = self.config.pools_class_token
         first = 1 if has_class else 0
         scores = None if scores_BKN is None else scores_BKN[:, :, first:].unflatten(2, grid)
         return PatchFeatures(

@@ -12,15 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsplatform.model.mammut import Mammut, MammutConfig
+from rsplatform.model.state import WeightsError, model_from_tensors
 from rsplatform.model.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
-
-
-class WeightsError(ValueError):
-    """Files that do not make a model; the message names the file."""
 
 
 def save_model(folder: Path, model: Mammut, tokenizer: Tokenizer) -> None:
@@ -66,14 +63,3 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def model_from_tensors(config: MammutConfig, tensors: dict[str, torch.Tensor], source: str) -> Mammut:
-    """A model in eval mode that owns exactly these tensors; missing, extra or misshapen ones are an error."""
-    with torch.device("meta"):  # nothing is initialised only to be overwritten
-        model = Mammut(config)
-    try:
-        model.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        raise WeightsError(f"{source}: weights do not fit the config. {error}") from error
-    return model.requires_grad_(True).eval()

@@ -66,10 +66,11 @@ class KeepBest:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """Checkpoints below `uri`; the newest `keep_last` are kept."""
+    """Checkpoints below `uri`; the newest `keep_last` are kept, and with `keep_every` each whose step it divides."""
 
     uri: str
     keep_last: int = 2
+    keep_every: int | None = None
 
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write the checkpoint of `progress.step`, then remove those beyond `keep_last`."""
@@ -81,9 +82,10 @@ class CheckpointFolder:
         storage.write_bytes(self._path(step), data)
 
     def prune(self, keep: Collection[int] = ()) -> None:
-        """Remove the checkpoints beyond `keep_last`, except those of the steps in `keep`."""
+        """Remove the checkpoints beyond `keep_last`, except every `keep_every`-th step's and those in `keep`."""
         for step in self.steps()[: -self.keep_last]:
-            if step not in keep:
+            is_every = self.keep_every is not None and step % self.keep_every == 0
+            if step not in keep and not is_every:
                 system, path = storage.filesystem(self._path(step))
                 system.delete_file(path)
 

@@ -7,30 +7,30 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, InputPath, StageConfig
 from rsplatform.model.embedder import Embedder
-from rsplatform.model.openmammut import load_openmammut
+from rsplatform.model.openmammut import BESIDE, load_openmammut
 from rsplatform.model.weights import save_model
 from rsplatform.stage import finished, open_stage
 from rsplatform.train.train_tokenizer import read_tokenizer
-
-CONFIG_FILE = "config.json"
 
 
 class ImportModelConfig(StageConfig):
     """`weights`: a .safetensors file, or a training checkpoint (.pt, .pth, .bin; read without unpickling objects).
 
     `tokenizer`: the tokenizer.json that the weights were trained with. `architecture`: {vision: {…}, text: {…}} in the
-    layout's words; without it the file's metadata, then `<file stem>.json` or `config.json` beside it, is read.
+    layout's words, or what an open_clip config file holds; without it the file's metadata, then `<file stem>.json`,
+    `open_clip_config.json` or `config.json` beside it, is read.
     """
 
     weights: InputPath
     tokenizer: InputPath
-    architecture: dict[str, dict[str, int | float | bool]] | None = None
+    architecture: dict[str, Any] | None = None
 
 
 def import_model(config: ImportModelConfig, cluster: Cluster) -> Artifact:
@@ -67,7 +67,7 @@ def _local_file(uri: str) -> Iterator[Path]:
         return
     parent, _, name = uri.rpartition("/")
     with tempfile.TemporaryDirectory() as folder:
-        for wanted in dict.fromkeys((name, f"{Path(name).stem}.json", CONFIG_FILE)):
+        for wanted in dict.fromkeys((name, f"{Path(name).stem}.json", *BESIDE)):
             if storage.exists(f"{parent}/{wanted}"):
                 (Path(folder) / wanted).write_bytes(storage.read_bytes(f"{parent}/{wanted}"))
         yield Path(folder) / name

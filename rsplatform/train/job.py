@@ -33,7 +33,9 @@ class WorkerJob:
     @property
     def checkpoints(self) -> CheckpointFolder:
         """The run's checkpoints."""
-        return CheckpointFolder(f"{self.folder}/checkpoints", self.config.keep_checkpoints)
+        return CheckpointFolder(
+            f"{self.folder}/checkpoints", self.config.keep_checkpoints, self.config.keep_every_steps
+        )
 
     @property
     def num_steps(self) -> int:

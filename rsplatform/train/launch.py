@@ -1,7 +1,8 @@
 """Front door `pretrain`: a dataset artifact in, a model artifact out, through Ray Train or in this process.
 
 Makes the tokenizer, starts the workers of the placement, exports the final weights. Ray restarts dead workers;
-which step they go on from is decided by our checkpoints. The loop itself is in pretrain.py.
+which step they go on from is decided by our checkpoints. Ray is imported only where it launches: the local launcher
+works where it is not installed. The loop itself is in pretrain.py.
 """
 
 import logging
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
@@ -19,11 +19,9 @@ from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import MammutConfig
 from rsplatform.model.weights import TOKENIZER_FILE, save_model
-from rsplatform.runtime import ray_runtime
 from rsplatform.stage import Stage, finished, open_stage
 from rsplatform.train.allocator import KEEP_FREED_MEMORY
 from rsplatform.train.curriculum import RecipeMismatchError
-from rsplatform.train.elastic import ElasticTrainer
 from rsplatform.train.hardest import hardest_figure
 from rsplatform.train.job import WorkerJob
 from rsplatform.train.pretrain import Progress
@@ -123,6 +121,8 @@ def launch(job: WorkerJob, cluster: Cluster) -> Progress:
     """
     if job.placement.launcher == "local":
         return run_worker(job)
+    from rsplatform.runtime import ray_runtime  # not above: the local launcher does without Ray
+
     with ray_runtime(cluster):
         outcome = _ray_train(job)
     if job.run is not None:
@@ -159,6 +159,10 @@ def check_workers(batch_size: int, placement: TrainPlacement) -> None:
 
 
 def _ray_train(job: WorkerJob) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    from rsplatform.train.elastic import ElasticTrainer
+
     placement = job.placement
     # a work folder per start: Ray keeps no state of ours there, and its own restore stays out of exact resume
     system, path = storage.filesystem(f"{job.folder}/work/ray_train")

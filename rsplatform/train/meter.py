@@ -118,7 +118,8 @@ def _vision_flops(model: MammutConfig) -> float:
 
 def _text_flops(model: MammutConfig, tokens_per_text: float) -> float:
     """Both passes. Attention counts the mean length squared, a little less than the mean of squares."""
-    text, width, image_tokens = model.text, model.text.width, num_image_tokens(model)
+    text, width = model.text, model.text.width
+    image_tokens = num_image_tokens(model) - model.vision.class_token + model.vision.pools_class_token
     num_cross = len(range(0, text.num_layers, text.cross_attention_every))
     num_mlps = text.num_layers if text.self_mlp_before_cross else text.num_layers - num_cross
 

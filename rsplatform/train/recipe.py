@@ -51,6 +51,8 @@ class PretrainConfig(StageConfig):
 
     The finished model's own image size is that of the last phase, as is the size of the validation pictures: a run
     that ends with larger pictures leaves a model that expects them.
+
+    The newest `keep_checkpoints` stay, and for good each one whose step `keep_every_steps` divides, for `follow`.
     """
 
     dataset: InputArtifact
@@ -75,6 +77,7 @@ class PretrainConfig(StageConfig):
     validate_every_steps: int | None = Field(default=None, ge=1)
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1)
     keep_best: KeepBest | None = None
 
     @model_validator(mode="after")
@@ -90,6 +93,16 @@ class PretrainConfig(StageConfig):
         curriculum = self.curriculum  # refuses phases that do not follow one another
         if self.model is not None:
             curriculum.image_sizes(self.model.mammut_config())
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_kept_is_saved(self) -> "PretrainConfig":
+        every, saved = self.keep_every_steps, self.checkpoint_every_steps
+        if every is not None and (saved is None or every % saved):
+            raise ValueError(
+                f"keep_every_steps {every} needs a checkpoint at each of these steps: make it a multiple of "
+                f"checkpoint_every_steps (now {saved})"
+            )
         return self
 
     @model_validator(mode="after")

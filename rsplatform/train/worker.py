@@ -21,8 +21,9 @@ from rsplatform.cluster import TrainPlacement
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.resolution import with_image_size
+from rsplatform.model.state import model_from_tensors
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.model.weights import TOKENIZER_FILE, load_model, model_from_tensors
+from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.train.allocator import keep_freed_memory
 from rsplatform.train.checkpoint import BackgroundWriter, HostImage, agreed_step
 from rsplatform.train.curriculum import RecipeMismatchError

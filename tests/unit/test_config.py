@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from rsplatform.cluster import Cluster, load_cluster
+from rsplatform.cluster import Cluster, TrainPlacement, load_cluster
 from rsplatform.config import Config, ConfigError, InputArtifact, InputPath, StageConfig, iter_inputs, load_config
 
 
@@ -113,6 +113,11 @@ def test_cluster_files_hold_placement_under_metadata(tmp_path: Path) -> None:
         load_cluster(path, ["train.num_worker=4"])
     with pytest.raises(ConfigError, match=r"metadata\.rsplatform"):
         load_cluster(write(tmp_path, "cluster_name: a\n"))
+
+
+def test_one_process_is_not_several_workers() -> None:
+    with pytest.raises(ValueError, match="launcher local is one worker in this process, not num_workers 2"):
+        TrainPlacement(launcher="local", num_workers=2)
 
 
 def test_inputs_resolve_to_artifacts_data_root_or_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,16 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_left_out(cluster: Cluster, mon
     assert list(scores(follow(config(trained.ref, "evaluation_curve/pruned/v1"), cluster))) == [2, 6, 8]
 
 
+def test_what_the_training_keeps_is_scored_however_late(cluster: Cluster) -> None:
+    """Every fourth step although only the newest checkpoint stays, and the last one: nothing depends on the clock."""
+    trained = train(
+        cluster, "kept", keep_checkpoints=1, keep_every_steps=4, checkpoint_every_steps=1, report_every_steps=1
+    )
+    assert CheckpointFolder(f"{trained.uri}/checkpoints").steps() == [4, 8]
+    late = follow(config(trained.ref, "evaluation_curve/kept/v1", every_steps=4), cluster)
+    assert list(scores(late)) == [4, 8]
+
+
 def test_a_training_is_followed_while_it_runs(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, save = config("model/live/v1", "evaluation_curve/live/v1"), Recorder.save
 
@@ -174,6 +184,9 @@ def test_which_checkpoint_is_due() -> None:
     assert next_step([2, 4, 6], [2], 5, True) == 6, "the last one of a finished training"
     assert next_step([2, 4, 6], [2, 6], 1, True) is None, "one that was kept as the best and is older"
     assert next_step([], [], 1, True) is None
+    assert next_step([3, 4, 5, 8], [], 4, False, are_kept=True) == 4, "the multiples, not the first that is far enough"
+    assert next_step([4, 9], [4], 4, False, are_kept=True) is None, "the eighth is still to come"
+    assert next_step([4, 9], [4], 4, True, are_kept=True) == 9, "the last one of a finished training"
 
 
 def test_what_cannot_be_followed_is_refused(followed: Artifact, trained: Artifact, cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut, mammut_config
 from rsplatform.model.openmammut import load_openmammut
 from rsplatform.model.openmammut_export import save_openmammut, tensors_to_layout
-from rsplatform.model.weights import WeightsError
+from rsplatform.model.state import WeightsError
 
 FILES = ["openmammut_with_mlp.safetensors", "openmammut_without_mlp.safetensors"]
 

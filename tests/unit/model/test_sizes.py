@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from rsplatform.model.mammut import Mammut, MammutConfig, mammut_config
-from rsplatform.model.openmammut import config_of_layout, load_openmammut
+from rsplatform.model.openmammut import load_openmammut
+from rsplatform.model.openmammut_config import config_of_layout
 from rsplatform.model.openmammut_export import layout_config
 from rsplatform.model.sizes import ModelSize, OpenMammutSize
 

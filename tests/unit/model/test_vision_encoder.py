@@ -23,7 +23,7 @@ def encoder(**overrides) -> VisionEncoder:
 
 
 def plain_tokens(model: VisionEncoder, images_BCHW: torch.Tensor) -> torch.Tensor:
-    """The encoder written out with a strided convolution and torch's own attention function."""
+    """The encoder written out, class token included, with a strided convolution and torch's own attention function."""
     config = model.config
     kernel = model.patch_embedding.weight.view(config.width, 3, config.patch_size, config.patch_size)
     patches = F.conv2d(images_BCHW, kernel, stride=config.patch_size).flatten(2).transpose(1, 2)
@@ -47,17 +47,20 @@ def plain_tokens(model: VisionEncoder, images_BCHW: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("input_norm", [False, True])
 def test_tokens_equal_the_plain_formula(class_token, input_norm):
-    model = encoder(class_token=class_token, input_norm=input_norm)
+    model = encoder(class_token=class_token, input_norm=input_norm, pooling="mean_all")
     images_BCHW = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(images_BCHW), plain_tokens(model, images_BCHW), atol=1e-5, rtol=1e-5)
 
 
 def test_mean_poolings_equal_the_plain_formula():
+    """A class token that the pooling leaves out is not given to cross-attention either."""
+    images_BCHW = torch.randn(2, 3, 16, 16)
     for pooling, first in (("mean", 1), ("mean_all", 0)):
         model = encoder(pooling=pooling, class_token=True)
-        tokens_BND = model(torch.randn(2, 3, 16, 16))
-        expected = model.norm_output(tokens_BND[:, first:].mean(1)) @ model.projection.weight.T
-        torch.testing.assert_close(model.embed_tokens(tokens_BND), expected)
+        plain_BND = plain_tokens(model, images_BCHW)[:, first:]
+        torch.testing.assert_close(model(images_BCHW), plain_BND, atol=1e-5, rtol=1e-5)
+        expected = model.norm_output(plain_BND.mean(1)) @ model.projection.weight.T
+        torch.testing.assert_close(model.embed_tokens(model(images_BCHW)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_map_pooling_equals_the_plain_formula():
@@ -96,7 +99,7 @@ def test_patch_dropout_keeps_distinct_patches_and_only_in_training():
     for row in range(2):
         values = set(kept_BMD[row, :, 0].tolist())
         assert len(values) == 4 and values <= set(tokens_BND[row, :, 0].tolist())
-    model = encoder(patch_dropout=0.5, class_token=True)
+    model = encoder(patch_dropout=0.5, class_token=True, pooling="mean_all")
     images_BCHW = torch.randn(2, 3, 16, 16)
     assert model(images_BCHW).shape[1] == 17
     assert model.train()(images_BCHW).shape[1] == 9

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rsplatform.model.mammut import Mammut, mammut_config
+from rsplatform.model.state import WeightsError
 from rsplatform.model.tokenizer import Tokenizer
-from rsplatform.model.weights import WeightsError, load_model, save_model
+from rsplatform.model.weights import load_model, save_model
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.config import ConfigError
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.openmammut import load_openmammut
-from rsplatform.model.weights import WeightsError
+from rsplatform.model.state import WeightsError
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.export_model import ExportModelConfig, export_model
 from rsplatform.train.import_model import ImportModelConfig, import_model

@@ -163,6 +163,8 @@ def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:
         ({"loss": {"contrastive": "sigmoid"}}, "belong together; set both"),
         ({"model": {"size": "mini", "settings": {"logit_bias": True}}}, "belong together; set both"),
         ({"model": {"size": "openmammut"}}, "openmammut_S"),
+        ({"keep_every_steps": 3}, r"keep_every_steps 3 .* a multiple of checkpoint_every_steps \(now 2\)"),
+        ({"keep_every_steps": 3, "checkpoint_every_steps": None}, "a multiple of checkpoint_every_steps"),
         ({"keep_best": {}, "ema_decay": 0.9}, "keep_best compares the weights as they are"),
         ({"keep_best": {"metric": "val_recall"}}, r"'val_recall' is not among .*val_contrastive.*val_mean_recall"),
         (
