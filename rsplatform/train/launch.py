@@ -167,9 +167,7 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
     # a work folder per start: Ray keeps no state of ours there, and its own restore stays out of exact resume
     system, path = storage.filesystem(f"{job.folder}/work/ray_train")
     system.create_dir(path)
-    resources = {"CPU": placement.cpus_per_worker}
-    if placement.gpus_per_worker > 0:
-        resources["GPU"] = placement.gpus_per_worker
+    resources = {"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker}
     counts = placement.worker_counts(job.config.batch_size)
     trainer = ElasticTrainer(
         ray_train_worker,
@@ -179,7 +177,7 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
             num_workers=(min(counts), max(counts)) if len(counts) > 1 else max(counts),
             elastic_resize_monitor_interval_s=60 * placement.grow_every_minutes,
             use_gpu=placement.gpus_per_worker > 0,
-            resources_per_worker=resources,
+            resources_per_worker={name: amount for name, amount in resources.items() if amount > 0},
         ),
         run_config=RunConfig(
             name=f"start-{uuid.uuid4().hex[:8]}",
