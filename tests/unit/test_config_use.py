@@ -43,7 +43,7 @@ ALLOWED = {
     "TrainPlacement.max_preemptions": "any number of announced losses is fine; a limit is for budgets of one's own",
     "TrainPlacement.gpu_memory_gb": "for cards that are not in the table of known ones",
     "TrainPlacement.peak_tflops": "for cards that are not in the table of known ones, or measured",
-    "GuardConfig.max_undecodable_fraction": "pictures are checked before; a limit of one's own is for storage that rots",
+    "GuardConfig.max_undecodable_fraction": "pictures are checked before; a limit of one's own is for bad disks",
     "WebSource.captions": "those of a captioner of one's own: the shipped jobs write captions for chips alone",
     "WebSource.own_caption_weight": "matters beside WebSource.captions",
     "WebSource.weight": "the ratio is set by the chips' weight",
