@@ -113,14 +113,16 @@ def test_a_step_stays_below_the_memory_that_is_reckoned_with(
 @pytest.mark.parametrize("contrastive", ["softmax", "focal_sigmoid", "sigmoid"])
 def test_the_loss_over_many_pairs_is_reckoned_with(contrastive) -> None:
     num_samples, width = 128, 16
-    embeddings = [torch.randn(num_samples, width, requires_grad=True) for _ in range(2)]
+    images_BE, texts_BE = (torch.randn(num_samples, width, requires_grad=True) for _ in range(2))
     scale, bias, caption = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0, 1.0))
     is_sigmoid = contrastive == "sigmoid"
-    output = MammutOutput(*embeddings, torch.empty(0), scale, caption, torch.tensor(1.0), bias if is_sigmoid else None)
+    output = MammutOutput(
+        images_BE, texts_BE, torch.empty(0), scale, caption, torch.tensor(1.0), bias if is_sigmoid else None
+    )
     tokens_BT = torch.randint(1, 9, (num_samples, 6))
-    with LiveBytes([*embeddings, scale, bias, caption, tokens_BT]) as live:
+    with LiveBytes([images_BE, texts_BE, scale, bias, caption, tokens_BT]) as live:
         loss, _ = mammut_loss(output, tokens_BT, LossConfig(contrastive))
-        torch.autograd.grad(loss, embeddings)
+        torch.autograd.grad(loss, [images_BE, texts_BE])
     config = mammut_config("mini", **SIZES, embedding_width=width)
     shape = SampleShape(config, IMAGE_SIZE, NUM_TOKENS)
     worker = WorkerStep(shape, Layout("plain", 1), model_numbers(config), num_samples, contrastive)
