@@ -8,7 +8,7 @@ CLUSTER ?= cluster/local.yaml
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 # Minutes altogether. Left out: rsicd.py, which trains for a quarter of an hour a run (make bench-rsicd).
-BENCHMARKS ?= $(wildcard $(addprefix benchmarks/,localize.py train_step.py scaling.py gpu_step.py))
+BENCHMARKS ?= $(wildcard $(addprefix benchmarks/,localize.py train_step.py read_data.py scaling.py gpu_step.py))
 
 .PHONY: demo real test unit lint format bench bench-rsicd serve mlflow clean help
 
