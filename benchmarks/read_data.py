@@ -26,6 +26,7 @@ from rsicd import IMAGE_SIZE, EncodedPicture, Settings, Split, loop_config, make
 
 from rsplatform import artifacts
 from rsplatform.artifacts import Artifact
+from rsplatform.cluster import Cluster
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import IMAGE_TABLES, SAMPLES_TABLE, SampleStore
 from rsplatform.model.preprocess import read_square
@@ -101,6 +102,7 @@ def ray_samples(root: str, tokenizer: Tokenizer, batch_size: int, num_batches: i
     """Sizes of Ray Data's batches as they come: read from Lance, shuffled within a buffer, prepared by tasks."""
     import ray.data
 
+    ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.read_lance(Artifact(root, PAIRS).path(IMAGE_TABLES["web_pairs"]), columns=["image", "captions"])
     # 64 rows a task, so that the first batch waits for no whole table
     dataset = dataset.repartition(target_num_rows_per_block=64)
@@ -123,22 +125,18 @@ def samples_per_s(sizes: Iterator[int]) -> float:
 def compare(root: str, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
     """Both readers in turn, `pairs` times."""
     loader = our_loader(root, tokenizer, arguments.batch_size, arguments.threads)
-    ours, theirs = [], []
-    has_ray = importlib.util.find_spec("ray") is not None
-    if has_ray:
-        import ray
+    if importlib.util.find_spec("ray") is None:
+        pace = samples_per_s(our_samples(loader, arguments.batches))
+        print(f"our loader: {pace:.0f} samples/s; Ray Data is left out, as ray is not installed")
+        return
+    from rsplatform.runtime import ray_runtime
 
-        ray.init(num_cpus=arguments.threads, include_dashboard=False, log_to_driver=False)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-    for _ in range(arguments.pairs):
-        ours.append(samples_per_s(our_samples(loader, arguments.batches)))
-        if has_ray:
+    ours, theirs = [], []
+    with ray_runtime(Cluster(root=root, num_cpus=arguments.threads)):
+        for _ in range(arguments.pairs):
+            ours.append(samples_per_s(our_samples(loader, arguments.batches)))
             theirs.append(samples_per_s(ray_samples(root, tokenizer, arguments.batch_size, arguments.batches)))
     print(f"our loader: {statistics.median(ours):.0f} samples/s")
-    if not has_ray:
-        print("Ray Data: left out, ray is not installed")
-        return
-    ray.shutdown()
     ratio = statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
     print(f"Ray Data: {statistics.median(theirs):.0f} samples/s; ours is {ratio:.2f} x as fast")
 

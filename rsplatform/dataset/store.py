@@ -11,7 +11,6 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rsplatform.artifacts import open_artifact
 from rsplatform.records import SAMPLE_SCHEMA
@@ -83,11 +82,11 @@ class SampleStore:
                 "build it again under another version"
             )
         table = self._samples.to_table(columns=["split", "source", "weight"])
-        chosen = pc.equal(table["split"], split)
-        self.rows = np.flatnonzero(chosen.to_numpy())
-        if not len(self.rows):
+        splits, split_N = _codes(table["split"])
+        if split not in splits:
             raise ValueError(f"{dataset_ref} has no samples in split {split!r}; see its stats.json")
-        self.origins = _origins(table.filter(chosen))
+        self.rows = np.flatnonzero(split_N == splits.index(split))
+        self.origins = _origins(table.take(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,7 +97,7 @@ class SampleStore:
 
     def all_captions(self) -> list[str]:
         """Every caption of the split, in sample order (for the tokenizer); read anew by each call."""
-        return pc.list_flatten(self._column("captions")).to_pylist()
+        return [text for part in self._column("captions").chunks for text in part.flatten().to_pylist()]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Sample]:
         """The samples at `indices`, in that order; indices may repeat."""
@@ -142,10 +141,13 @@ class SampleStore:
 
 
 def _origins(samples: pa.Table) -> Origins:
-    sources = pc.dictionary_encode(samples["source"]).combine_chunks()
-    if isinstance(sources, pa.ChunkedArray):  # an older Arrow's way of combining dictionaries
-        sources = sources.chunk(0)
-    names = np.array(sources.dictionary.to_pylist())
+    names, source_N = _codes(samples["source"])
     order = np.argsort(names)  # by name, so that splits with the same sources agree
-    source_N = np.argsort(order).astype(np.int16)[sources.indices.to_numpy()]
-    return Origins(tuple(names[order].tolist()), source_N, samples["weight"].to_numpy())
+    source_N = np.argsort(order).astype(np.int16)[source_N]
+    return Origins(tuple(names[index] for index in order), source_N, samples["weight"].to_numpy())
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    """The distinct texts of a column, and for each row which of them it holds."""
+    encoded = column.dictionary_encode().unify_dictionaries()
+    return encoded.chunk(0).dictionary.to_pylist(), np.concatenate([part.indices.to_numpy() for part in encoded.chunks])

@@ -100,9 +100,10 @@ def _decode_jpeg(data: bytes, image: Image.Image, size: int | None) -> _Decoded:
     width, height = image.size
     fitting = (each for each in SCALED_DECODES if size and min(height, width) >= KEPT_FACTOR * size * each)
     factor = next(fitting, 1)
-    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
+    rows, columns = (-(-height // factor), -(-width // factor)) if factor > 1 else (0, 0)  # 0: all of them
     try:
-        return _Decoded(simplejpeg.decode_jpeg(data, colorspace="RGB", **least), height, width, factor)
+        pixels_HWC = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=rows, min_width=columns)
+        return _Decoded(pixels_HWC, height, width, factor)
     except ValueError as error:
         # pictures cut off or with broken entropy codes are refused: Pillow would fill up the rest with grey
         if any(word in str(error).lower() for word in ("premature", "huffman")):

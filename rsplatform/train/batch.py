@@ -12,7 +12,6 @@ from rsplatform.model.vocabulary_loss import PAD_ID
 
 # Padding to few different widths keeps the number of shapes small for compiled kernels.
 TOKEN_MULTIPLE = 8
-PER_SAMPLE = ("images_BHWC", "tokens_BT", "sample_ids", "ground_sample_distance_m_B")
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,15 @@ class Batch:
 
     def rows(self, start: int, end: int) -> "Batch":
         """Samples start … end - 1 of every field, their captions padded to a bucket of their own."""
-        values = {name: getattr(self, name) for name in PER_SAMPLE}
-        values = {name: None if value is None else value[start:end] for name, value in values.items()}
         width = bucket_width(int(self._lengths()[start:end].max()), self.tokens_BT.shape[1])
-        return replace(self, **values | {"tokens_BT": values["tokens_BT"][:, :width]})
+        distance_m_B = self.ground_sample_distance_m_B
+        return replace(
+            self,
+            images_BHWC=self.images_BHWC[start:end],
+            tokens_BT=self.tokens_BT[start:end, :width],
+            sample_ids=self.sample_ids[start:end],
+            ground_sample_distance_m_B=None if distance_m_B is None else distance_m_B[start:end],
+        )
 
     def by_length(self) -> "Batch":
         """The same samples in the order of their captions' lengths, for micro-batches that are padded each to its own.
@@ -52,9 +56,14 @@ class Batch:
         lengths, and none waits for another's long captions.
         """
         order_B = self._lengths().argsort(stable=True)
-        values = {name: getattr(self, name) for name in PER_SAMPLE if name != "sample_ids"}
-        values = {name: None if value is None else value[order_B] for name, value in values.items()}
-        return replace(self, **values, sample_ids=tuple(self.sample_ids[row] for row in order_B.tolist()))
+        distance_m_B = self.ground_sample_distance_m_B
+        return replace(
+            self,
+            images_BHWC=self.images_BHWC[order_B],
+            tokens_BT=self.tokens_BT[order_B],
+            sample_ids=tuple(self.sample_ids[row] for row in order_B.tolist()),
+            ground_sample_distance_m_B=None if distance_m_B is None else distance_m_B[order_B],
+        )
 
     def _lengths(self) -> Tensor:
         """Up to the last token that is no padding: another model's tokenizer may use 0 within a caption."""

@@ -71,7 +71,9 @@ def test_cutting_a_phase_changes_nothing() -> None:
     )
     assert cut.num_steps == whole.num_steps and cut.phase_starts == whole.phase_starts == (10,)
     assert [cut.learning_rate(step) for step in range(16)] == [whole.learning_rate(step) for step in range(16)]
-    origins = Origins(("chips", "web_pairs"), np.repeat(np.int16([1, 0]), [9, 4]), np.ones(13, np.float32))
+    origins = Origins(
+        ("chips", "web_pairs"), np.repeat(np.array([1, 0], dtype=np.int16), [9, 4]), np.ones(13, np.float32)
+    )
     plans = [curriculum.plan(origins, 4, seed=5) for curriculum in (whole, cut)]
     for step in range(16):
         assert (plans[0](step) == plans[1](step)).all()
