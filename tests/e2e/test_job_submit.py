@@ -81,7 +81,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def submit(environment: dict[str, str], job: list[str]) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` as a person types it, again while the fresh head does not answer or says that it has no agent."""
+    """`ray job submit` as a person types it, again while the fresh head does not answer or has no agent."""
     command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *job]
     deadline = time.monotonic() + 600  # on a loaded machine the agent takes minutes
     while True:
