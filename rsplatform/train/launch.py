@@ -174,7 +174,7 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
         counts=counts,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=(min(counts), max(counts)) if len(counts) > 1 else max(counts),
+            num_workers=(counts[0], counts[-1]) if len(counts) > 1 else placement.num_workers,
             elastic_resize_monitor_interval_s=60 * placement.grow_every_minutes,
             use_gpu=placement.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount > 0},

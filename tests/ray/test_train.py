@@ -137,7 +137,7 @@ def test_a_machine_that_is_taken_away_leaves_its_share_to_the_others(
     assert greatest_difference(shared, alone) < 1e-4
     noticed, last = CheckpointFolder(f"{shared.uri}/checkpoints").steps()
     assert 0 < noticed < last == 600
-    workers = client.get_metric_history(shared.manifest()["run_id"], "train/workers")
+    workers = client.get_metric_history(shared.manifest()["mlflow_run_id"], "train/workers")
     assert [(metric.step, metric.value) for metric in workers] == [(0, 2), (noticed, 1)]
 
 
