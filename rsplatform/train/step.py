@@ -64,8 +64,7 @@ def prepare_step(
     else:
         prepared = _prepare_whole(engine, batch, step, config, auxiliary_loss)
     lengths_B = (batch.tokens_BT != PAD_ID).sum(1)
-    lengths = {"tokens_per_text": lengths_B.double().mean(), "longest_text_tokens": lengths_B.double().max()}
-    return prepared._replace(parts=prepared.parts | {name: value.to(engine.device) for name, value in lengths.items()})
+    return prepared._replace(parts=prepared.parts | {"tokens_per_text": lengths_B.double().mean().to(engine.device)})
 
 
 def forward_backward(engine: Engine, batch: Batch, step: int, config: StepConfig) -> dict[str, Tensor]:

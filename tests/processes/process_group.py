@@ -6,6 +6,7 @@ and DeepSpeed takes longer than most of what they do.
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -40,16 +41,20 @@ def run_processes(world_size: int, folder: Path, function: Callable[..., dict[st
     """`function(*arguments)` on every process; the tensors that each returned, by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     start_server()
-    everything = (world_size, folder, function, arguments)
+    # copied: torch would share each tensor through a file descriptor of its own, and there may be 256
+    everything = (world_size, folder, function, pickle.dumps(arguments))
     start_processes(_one_process, everything, nprocs=world_size, start_method="forkserver")
     return [load_file(folder / f"{rank}.safetensors") for rank in range(world_size)]
 
 
-def _one_process(rank: int, world_size: int, folder: Path, function, arguments) -> None:
+def _one_process(rank: int, world_size: int, folder: Path, function, pickled_arguments: bytes) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
-        tensors = {name: value.detach().clone().contiguous() for name, value in function(*arguments).items()}
+        tensors = {
+            name: value.detach().clone().contiguous()
+            for name, value in function(*pickle.loads(pickled_arguments)).items()
+        }
         save_file(tensors, folder / f"{rank}.safetensors")
     finally:
         dist.destroy_process_group()
