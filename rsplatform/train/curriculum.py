@@ -79,13 +79,6 @@ class Curriculum:
     def __post_init__(self) -> None:
         if self.phases and self.phases[0].continues:
             raise ValueError(f"phase {self.phases[0].name} continues, but it is the first: leave `continues` out")
-        for index, phase in enumerate(self.phases):
-            _, num_steps = self._whole(index)
-            if phase.schedule.warmup_steps > num_steps:
-                raise ValueError(
-                    f"phase {phase.name}: schedule.warmup_steps {phase.schedule.warmup_steps} is more than its "
-                    f"{num_steps} steps: the learning rate would never be reached"
-                )
 
     @property
     def num_steps(self) -> int:
@@ -114,6 +107,16 @@ class Curriculum:
         index, phase_step = self.locate(step)
         before, num_steps = self._whole(index)
         return self.phases[index].schedule.at(before + phase_step, num_steps)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What may be meant, as in a short trial, but should be known: a warm-up that its phases end before."""
+        return [
+            f"phase {phase.name}: warmup_steps {phase.schedule.warmup_steps} is more than its {num_steps} steps, so "
+            "its learning rate is never reached"
+            for phase, (_, num_steps) in ((phase, self._whole(index)) for index, phase in enumerate(self.phases))
+            if phase.schedule.warmup_steps > num_steps
+        ]
 
     def losses(self, loss: LossConfig) -> tuple[tuple[int, LossConfig], ...]:
         """(first step, loss) of every phase, where any changes the recipe's `loss`; else none."""

@@ -175,11 +175,15 @@ class PretrainConfig(StageConfig):
         return fitting_micro_batch_size(self.worker_step(model, placement, num_workers), memory_gb)
 
     def plan_lines(self, cluster: Cluster) -> list[str]:
-        """What `--dry-run` says of the card; nothing where none is named or the model to start from is not there yet.
+        """What `--dry-run` says of the phases and of the card.
 
         Raises:
             RecipeMismatchError: not even one sample fits the card.
         """
+        return [f"note   {remark}" for remark in self.curriculum.remarks] + self._memory_lines(cluster)
+
+    def _memory_lines(self, cluster: Cluster) -> list[str]:
+        """Nothing where no card is named."""
         placement = cluster.train
         if placement.worker_memory_gb is None:
             return []

@@ -84,9 +84,9 @@ def test_samples_of_one_source_keep_their_own_weights_in_a_mixture() -> None:
     assert Counter(weight_N[chosen].tolist()) == {1.0: 200, 3.0: 600}
 
 
-def test_a_warm_up_fits_the_phases_that_run_as_one() -> None:
-    with pytest.raises(ValueError, match=r"phase web: schedule.warmup_steps 6 is more than its 5 steps"):
-        Curriculum([Phase("web", 5, Schedule(1.0, warmup_steps=6))])
-    whole = Schedule(1.0, warmup_steps=5, decay_fraction=1.0)
-    Curriculum([Phase("web", 5, whole)])
-    Curriculum([Phase("web", 3, whole), Phase("web", 2, whole, continues=True)])
+def test_a_warm_up_that_outlasts_the_phases_that_run_as_one_is_remarked() -> None:
+    whole = Schedule(1.0, warmup_steps=5)
+    assert not Curriculum([Phase("web", 5, whole)]).remarks
+    assert not Curriculum([Phase("web", 3, whole), Phase("web", 2, whole, continues=True)]).remarks
+    (remark,) = Curriculum([Phase("web", 4, whole), Phase("mix", 5, whole)]).remarks
+    assert remark.startswith("phase web: warmup_steps 5 is more than its 4 steps")
