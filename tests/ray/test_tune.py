@@ -101,7 +101,7 @@ def test_a_failing_trial_fails_the_sweep_in_one_sentence_and_leaves_no_run_open(
     with pytest.raises(Exception, match="web_pair") as raised:
         tune(config, cluster)
     told = own_error(raised.value)
-    assert isinstance(told, RecipeMismatchError) and "holds chips, web_pairs" in str(told)
+    assert isinstance(told, RecipeMismatchError) and "are chips, web_pairs" in str(told)
     assert child_statuses(cluster, config.output) == ["FAILED", "FAILED"]
 
 

@@ -168,10 +168,6 @@ def test_a_diverging_run_stops_with_a_word(cluster: Cluster) -> None:
         ({"keep_best": {}, "ema_decay": 0.9}, "keep_best compares the weights as they are"),
         ({"keep_best": {"metric": "val_recall"}}, r"'val_recall' is not among .*val_contrastive.*val_mean_recall"),
         (
-            {"phases": [PHASE | {"schedule": {"learning_rate": 1e-3, "warmup_steps": 5}}]},
-            "warmup_steps 5 .* 4 steps",
-        ),
-        (
             {"keep_best": {}, "phases": [PHASE, PHASE | {"image_size": 32}]},
             "keep_best compares validations",
         ),
