@@ -39,6 +39,7 @@ from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 pytestmark = pytest.mark.ray
 LOCAL = TrainPlacement(launcher="local")
 REPOSITORY = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).parent / "ray"
 # eps well above rounding: Adam would blow up the rounding in gradients that are zero (a key's bias)
 STEADY = {"optimizer": {"eps": 1e-4}}
 LONG = {
@@ -117,9 +118,10 @@ def test_a_killed_worker_changes_nothing(cluster: Cluster, num_workers: int, eng
 def test_a_machine_that_is_taken_away_leaves_its_share_to_the_others(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two machines with a worker each; one gets the signal of a shutdown, which Ray announces to the workers.
+    """Two machines with a worker each; of one it is said that it goes, as cluster/spot_notice.sh does, and it is gone
+    when the checkpoint of that notice is there.
 
-    No failure is allowed, so that it has to be a preemption, and no checkpoint but that of the notice is due.
+    No failure is allowed, so that it has to be a preemption, and no other checkpoint is due.
     """
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")  # for two workers while one machine is going
@@ -132,7 +134,12 @@ def test_a_machine_that_is_taken_away_leaves_its_share_to_the_others(
     elastic = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 1.25}  # one to a machine, with one thread
     placement = TrainPlacement.model_validate(elastic | budgets | {"checkpoint_every_minutes": 60})
     client = MlflowClient(tracking_uri(cluster.root))
-    with second_machine() as machine, once(Path(cluster.root), lambda: terminate_if_it_trains(machine, client)):
+    saved = Path(cluster.root) / "model" / "elastic" / "v1" / "checkpoints"
+    with (
+        second_machine() as machine,
+        once(Path(cluster.root), lambda: announce_if_it_trains(machine, client)),
+        once(saved, lambda: take_away(machine)),
+    ):
         shared = train(cluster, "elastic", placement, **recipe)
     assert greatest_difference(shared, alone) < 1e-4
     noticed, last = CheckpointFolder(f"{shared.uri}/checkpoints").steps()
@@ -189,12 +196,25 @@ def folder_that_is(folder: Path) -> Path:
     return folder if folder.exists() else folder_that_is(folder.parent)
 
 
-def terminate_if_it_trains(machine: subprocess.Popen, client: MlflowClient) -> bool:
+def announce_if_it_trains(machine: subprocess.Popen, client: MlflowClient) -> bool:
+    """Tell Ray that the second machine will be taken away in five seconds; what takes it away is somebody else's."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, "attributes.status = 'RUNNING'")
     if not workers_below(machine.pid) or not any("train/loss" in run.data.metrics for run in runs):
         return False
-    machine.terminate()
+    here = ray.get_runtime_context().get_node_id()
+    (there,) = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    command = [str(RAY), "drain-node", f"--address={ray.get_runtime_context().gcs_address}", f"--node-id={there}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test", "--deadline-remaining-seconds=5"]
+    subprocess.run(command, check=True)
+    return True
+
+
+def take_away(machine: subprocess.Popen) -> bool:
+    """Kill all processes of a machine at once."""
+    for process in [*psutil.Process(machine.pid).children(recursive=True), psutil.Process(machine.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     return True
 
 
@@ -206,12 +226,11 @@ def kill_first(workers: list[int]) -> bool:
 
 @contextlib.contextmanager
 def second_machine() -> Iterator[subprocess.Popen]:
-    """A node of this test's Ray with two cores, which says five seconds ahead that it is going."""
+    """A node of this test's Ray with two cores."""
     folder = tempfile.mkdtemp(prefix="rs-")  # short: Unix sockets below it have paths of at most 107 bytes
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
+    command = [str(RAY), "start", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
     command += [f"--address={ray.get_runtime_context().gcs_address}", "--node-ip-address=127.0.0.1"]
-    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"}
-    machine = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    machine = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert machine.stdout
     try:
         assert any("Ray runtime started" in line for line in machine.stdout), "ray start ended without a runtime"
@@ -220,9 +239,8 @@ def second_machine() -> Iterator[subprocess.Popen]:
         ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("nobody", recompute=True))
         yield machine
     finally:
-        for process in [*psutil.Process(machine.pid).children(recursive=True), machine]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        if machine.poll() is None:
+            take_away(machine)
         machine.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
