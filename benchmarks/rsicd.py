@@ -48,6 +48,8 @@ class Settings:
     learning_rate: float = 1e-3
     warmup_steps: int = 60
     weight_decay: float = 0.2
+    optimizer: Literal["adamw", "muon"] = "muon"
+    muon_rate_factor: float = 4.0
     min_crop_area: float = 0.6
     patch_dropout: float = 0.5
     vocab_size: int = 2048
@@ -139,8 +141,9 @@ def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings:
         shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("contrastive", "caption", "samples_per_s"))
         print(f"{variant} {seed}: step {step}/{loop.num_steps}  {shown}", flush=True)
 
+    optimizer = OptimizerConfig(settings.optimizer, settings.muon_rate_factor, weight_decay=settings.weight_decay)
     progress = fit(
-        PlainEngine(model, OptimizerConfig(weight_decay=settings.weight_decay)),
+        PlainEngine(model, optimizer),
         loader.batches,
         lambda step: schedule.at(step, loop.num_steps),
         loop,

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
 from rsplatform.train.freezing import names_of_parts
-from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizers, set_learning_rate
 
 MODEL, FIRST_MOMENT, SECOND_MOMENT, NUM_STEPS = "model/", "exp_avg/", "exp_avg_sq/", "num_steps"
+MUON_MOMENT = "momentum/"
+# Where a checkpoint keeps what torch's optimizers call by these names.
+_MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq", MUON_MOMENT: "momentum_buffer"}
 # Number of updates of a parameter that was frozen for a while; all others have had `num_steps`.
 UPDATES = "updates/"
 # Gradients are averaged in pieces of this many numbers, to bound the extra memory.
@@ -101,7 +104,13 @@ class PlainEngine:
         self.gather = gather
         self._model = model
         self._config = config
-        self._optimizer = build_optimizer(model, config)
+        self._optimizers = build_optimizers(model, config)
+        self._optimizer_of = {
+            parameter: optimizer
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     @property
     def model(self) -> Mammut:
@@ -132,28 +141,28 @@ class PlainEngine:
         if self.gather is not None:
             self._average_gradients(self.gather)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._config.gradient_clip))
-        if math.isfinite(norm):
-            set_learning_rate(self._optimizer, learning_rate)
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            if math.isfinite(norm):
+                set_learning_rate(optimizer, learning_rate)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return norm
 
     def freeze(self, parts: Collection[str]) -> None:
-        """Leave exactly these parts as they are from now on: without a gradient AdamW passes them over."""
+        """Leave exactly these parts as they are from now on: without a gradient optimizers pass them over."""
         frozen = names_of_parts(self._model, parts)
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(name not in frozen)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and AdamW moments by parameter name, and the number of updates."""
+        """Weights and the optimizer's moments by parameter name, and the number of AdamW's updates."""
         tensors, updates = {}, {}
         for name, parameter in self._model.named_parameters():
             tensors[MODEL + name] = parameter.detach()
-            moments = self._optimizer.state.get(parameter)
-            if moments:
-                tensors[FIRST_MOMENT + name] = moments["exp_avg"]
-                tensors[SECOND_MOMENT + name] = moments["exp_avg_sq"]
-                updates[name] = float(moments["step"])
+            own = self._moments_of(parameter)
+            tensors |= {prefix + name: own[key] for prefix, key in _MOMENTS.items() if key in own}
+            if "step" in own:
+                updates[name] = float(own["step"])
         return tensors | update_counts(updates)
 
     @torch.no_grad()
@@ -161,12 +170,16 @@ class PlainEngine:
         """Continue exactly where `state` was taken; KeyError if it is the state of another model."""
         for name, parameter in self._model.named_parameters():
             parameter.copy_(tensors[MODEL + name])
+            kept = {key: tensors[prefix + name] for prefix, key in _MOMENTS.items() if prefix + name in tensors}
+            own = {key: value.to(parameter.device).clone() for key, value in kept.items()}
             if FIRST_MOMENT + name in tensors:
-                self._optimizer.state[parameter] = {
-                    "step": updates_of(tensors, name).clone().to(parameter.device),
-                    "exp_avg": tensors[FIRST_MOMENT + name].to(parameter.device).clone(),
-                    "exp_avg_sq": tensors[SECOND_MOMENT + name].to(parameter.device).clone(),
-                }
+                own["step"] = updates_of(tensors, name).clone().to(parameter.device)
+            self._moments_of(parameter).update(own)
+
+    def _moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the parameter's optimizer keeps of it; nothing, kept nowhere, for one that was never to be trained."""
+        optimizer = self._optimizer_of.get(parameter)
+        return {} if optimizer is None else optimizer.state[parameter]
 
     def _average_gradients(self, gather: FeatureGather) -> None:
         """Written out instead of DDP: DDP rearranges its buckets after the first step, so that a resumed run of

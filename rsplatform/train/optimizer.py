@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, learning-rate schedules and a moving average of the weights.
+"""AdamW or Muon with parameter groups, learning-rate schedules and a moving average of the weights.
 
 In: a module and frozen configs. Out: a torch optimizer, a learning rate per step, an averaged copy. The caller
 clips gradients and steps. Torch only. The logit scale's clamp is part of the model (model/mammut.py).
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rsplatform.model.mammut import Mammut
 from rsplatform.train.freezing import is_in_parts
+from rsplatform.train.muon import hidden_matrices, muon, split_groups
 
 # What comes before the first block of a tower, by its name there.
 _BEFORE_BLOCKS = (
@@ -32,10 +33,14 @@ _BEFORE_BLOCKS = (
 class OptimizerConfig:
     """AdamW. Betas, weight decay and clip are those of a published openMaMMUT run (RECIPE.md) [F].
 
-    `layer_decay` lowers the learning rate of each block by that factor under the one above it, for continual
-    training: what early blocks know stays. Off by default.
+    `kind` muon gives the matrices inside the blocks to Muon (muon.py), at `muon_rate_factor` times the learning rate
+    (our default, measured on RSICD from scratch: LOG.md); for engines that keep weights whole. `layer_decay` lowers the
+    learning rate of each block by that factor under the one above it, for continual training: what early blocks know
+    stays. Off by default.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    muon_rate_factor: float = 4.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.2
@@ -43,6 +48,10 @@ class OptimizerConfig:
     layer_decay: float | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"optimizer.kind: {self.kind!r} is not one of adamw, muon")
+        if self.muon_rate_factor <= 0:
+            raise ValueError(f"optimizer.muon_rate_factor {self.muon_rate_factor} must be above 0")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"optimizer.layer_decay {self.layer_decay} is not in (0, 1]: leave it out for none")
         if self.gradient_clip <= 0:
@@ -152,8 +161,20 @@ class PausableAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: Mammut, config: OptimizerConfig, freezable: Collection[str] = ()) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the learning rate is set before every step."""
-    groups = parameter_groups(model, config, freezable)
+    """AdamW over all of `parameter_groups`; the learning rate is set before every step."""
+    return _adamw(parameter_groups(model, config, freezable), config)
+
+
+def build_optimizers(model: Mammut, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """The config's kind, over `parameter_groups`: AdamW alone, or beside Muon. For weights that are whole."""
+    groups = parameter_groups(model, config)
+    if config.kind == "adamw":
+        return [_adamw(groups, config)]
+    others, matrices = split_groups(groups, hidden_matrices(model), config.muon_rate_factor)
+    return [_adamw(others, config), muon(matrices)]
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     return PausableAdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 

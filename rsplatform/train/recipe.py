@@ -18,7 +18,7 @@ from rsplatform.model.sizes import ModelSize
 from rsplatform.model.weights import CONFIG_FILE
 from rsplatform.train.augment import Augmentation
 from rsplatform.train.checkpoint import KeepBest
-from rsplatform.train.curriculum import Curriculum, Phase
+from rsplatform.train.curriculum import Curriculum, Phase, RecipeMismatchError
 from rsplatform.train.guard import GuardConfig
 from rsplatform.train.loader import LoaderConfig, LoaderPhase
 from rsplatform.train.memory import SampleShape, WorkerStep, needed_bytes
@@ -178,8 +178,13 @@ class PretrainConfig(StageConfig):
         """What `--dry-run` says of the phases and of the card.
 
         Raises:
-            RecipeMismatchError: not even one sample fits the card.
+            RecipeMismatchError: not even one sample fits the card, or the optimizer needs another engine.
         """
+        if self.optimizer.kind == "muon" and cluster.train.engine != "plain":
+            raise RecipeMismatchError(
+                f"optimizer.kind muon turns whole matrices, which engine {cluster.train.engine} flattens or splits: "
+                "use cluster.train.engine=plain, or optimizer.kind=adamw"
+            )
         return [f"note   {remark}" for remark in self.curriculum.remarks] + self._memory_lines(cluster)
 
     def _memory_lines(self, cluster: Cluster) -> list[str]:

@@ -53,7 +53,8 @@ def assert_freezing(saved: dict[int, tuple[State, Progress]]) -> None:
         parts = CURRICULUM.frozen_parts(step - 1)
         for name in start:
             frozen = _is_frozen(name.removeprefix("model/"), parts)
-            for key in (name, name.replace("model/", "exp_avg/"), name.replace("model/", "exp_avg_sq/")):
+            keys = [name.replace("model/", kind) for kind in ("exp_avg/", "exp_avg_sq/", "momentum/")]
+            for key in (name, *(key for key in keys if key in states[CURRICULUM.num_steps])):
                 same = (key in before) == (key in after) and (key not in after or torch.equal(before[key], after[key]))
                 assert same == frozen, f"step {step}: {key} is {'changed' if frozen else 'as it was'}"
 
