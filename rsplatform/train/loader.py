@@ -27,8 +27,9 @@ from rsplatform.train.curriculum import RecipeMismatchError
 
 # So many samples in a row that cannot be decoded are no accident: the batch is given up instead of searched on for.
 MOST_REPLACED_IN_A_ROW = 32
-# Batches that are made at once: one is read while another is decoded. With other work beside, 1.3 times as many samples/s
-# where a read takes 0.15 s, as from an object store, no fewer from a local disk; the first batch takes a decode longer.
+# Batches that are made at once: one is read while another is decoded. With other work beside, 1.3 times as many
+# samples/s where a read takes 0.15 s, as from an object store, no fewer from a local disk; the first batch takes a
+# decode longer.
 NUM_ASSEMBLERS = 2
 
 logger = logging.getLogger("rsplatform.train")
