@@ -2,21 +2,24 @@
 
 In: a size and a device (random pictures, captions of --tokens tokens without pads). Out: the matrix-product peak of the
 same card in the same run, then a line per setting: engine, samples in memory at once, torch.compile of the blocks,
-recomputation, patch dropout. Engines are ours on one card: plain and FSDP2; ZeRO needs DeepSpeed and is left to Ray
-workers. The step is the loop's own. Needs torch and Pillow, no Ray. Without a CUDA device it says so and ends.
+recomputation, patch dropout. Engines are ours on one card: plain, FSDP2, and ZeRO-1 where DeepSpeed is installed; the
+last two beside what plain needs for the same. The step is the loop's own. Needs torch and Pillow, no Ray. Without a
+CUDA device it says so and ends.
 Run: `python benchmarks/gpu_step.py`, or to try it anywhere `python benchmarks/gpu_step.py --device cpu --size mini`
 """
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -70,7 +73,14 @@ def settings(batch_sizes: list[int], can_compile: bool) -> list[Setting]:
     rows += [Setting("plain", factor * largest, compiles, None, 0.5) for factor in (1, 2)]
     rows.append(Setting("plain", 4 * largest, compiles, micro_batch_size=largest))
     rows += [Setting("fsdp", largest, compiles), Setting("fsdp", largest, compiles, 1)]
+    rows.append(Setting("zero1", largest, compiles))  # the last: whatever DeepSpeed may keep is in nobody's way
     return rows
+
+
+def why_left_out(setting: Setting) -> str | None:
+    """What the setting's engine lacks here."""
+    is_missing = setting.engine == "zero1" and importlib.util.find_spec("deepspeed") is None
+    return "left out, as deepspeed is not installed" if is_missing else None
 
 
 def synchronise(device: torch.device) -> None:
@@ -102,13 +112,24 @@ def make_batch(model: MammutConfig, batch_size: int, num_tokens: int) -> Batch:
     return Batch(images_BHWC, tokens_BT, tuple(map(str, range(batch_size))))
 
 
+def make_engine(setting: Setting, model: Mammut, precision: Literal["bfloat16", "float32"]) -> Engine:
+    """The setting's engine, as training has it on one device."""
+    if setting.engine == "plain":
+        return PlainEngine(model, OptimizerConfig())
+    if setting.engine == "fsdp":
+        return FsdpEngine(model, OptimizerConfig())
+    from rsplatform.train.deepspeed import DeepSpeedEngine  # takes seconds to import
+
+    size = setting.batch_size
+    return DeepSpeedEngine(model, OptimizerConfig(), batch_size=size, zero_stage=1, precision=precision)
+
+
 def make_step(setting: Setting, model: MammutConfig, arguments: argparse.Namespace) -> Callable[[], None]:
     """One whole step, with the loop's one look at the loss."""
     torch.manual_seed(0)
     module = Mammut(model).to(arguments.device).train()
     prepare_blocks(module, BlockConfig(setting.recompute_every, setting.compiles))
-    optimizer = OptimizerConfig()
-    engine: Engine = FsdpEngine(module, optimizer) if setting.engine == "fsdp" else PlainEngine(module, optimizer)
+    engine = make_engine(setting, module, arguments.precision)
     config = StepConfig(precision=arguments.precision, micro_batch_size=setting.micro_batch_size)
     batch = make_batch(model, setting.batch_size, arguments.tokens)
 
@@ -180,16 +201,31 @@ def print_table(arguments: argparse.Namespace) -> list[dict]:
     print(f"{peak_tflops * 1e12 / flops:.0f} samples/s")
     rows: list[dict] = []
     for setting in settings(arguments.batch_sizes, arguments.compile):
+        found, why_not = {}, why_left_out(setting)
         try:
-            found = measure(setting, arguments, peak_tflops)
+            found = {} if why_not else measure(setting, arguments, peak_tflops)
         except torch.OutOfMemoryError:
-            found = {}
+            why_not = "out of memory"
         forget(device)
         rows.append(asdict(setting) | found)
-        memory = f", {found['memory_gb']:6.1f} GB" if "memory_gb" in found else ""
-        line = f"{found['samples_per_s']:8.1f} samples/s, MFU {found['mfu']:6.1%}{memory}" if found else "out of memory"
-        print(f"  {setting.title:60} {line}", flush=True)
+        print(f"  {setting.title:60} {why_not or told(found, plain_pace(setting, rows))}", flush=True)
     return rows
+
+
+def plain_pace(setting: Setting, rows: list[dict]) -> float | None:
+    """Samples/s of the plain engine at what is otherwise the same setting, for another engine."""
+    same = asdict(replace(setting, engine="plain"))
+    paces = [row.get("samples_per_s") for row in rows if same.items() <= row.items()]
+    return paces[0] if paces and setting.engine != "plain" else None
+
+
+def told(found: dict[str, float], plain_samples_per_s: float | None) -> str:
+    """What was measured, and how a step's time compares with the plain engine's."""
+    words = [f"{found['samples_per_s']:8.1f} samples/s, MFU {found['mfu']:6.1%}"]
+    words += [f"{found['memory_gb']:6.1f} GB"] if "memory_gb" in found else []
+    if plain_samples_per_s is not None:
+        words.append(f"{plain_samples_per_s / found['samples_per_s']:.2f} × plain's time")
+    return ", ".join(words)
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def measure_wait(root: str, tokenizer: Tokenizer, arguments: argparse.Namespace)
     later = waits[1:] or waits
     wait = statistics.mean(metrics["data_wait_fraction"] for metrics in later)
     pace = statistics.mean(metrics["samples_per_s"] for metrics in later)
-    print(f"training at {pace:.0f} samples/s waits for data {100 * wait:.2f} % of the time")
+    print(f"training at {pace:.0f} samples/s waits for data {100 * wait:.2f} % of the time (bar: 3 %)")
 
 
 def main() -> None:

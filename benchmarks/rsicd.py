@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -129,13 +129,20 @@ def loop_config(variant: str, seed: int, settings: Settings) -> LoopConfig:
     )
 
 
-def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings: Settings, folder: Path) -> Embedder:
-    """One model from scratch, or on from its newest checkpoint below `folder`."""
+class Place(NamedTuple):
+    """Where a run's checkpoints lie, and what it computes on; no part of its settings."""
+
+    folder: Path
+    device: str
+
+
+def train(split: Split, tokenizer: Tokenizer, variant: str, seed: int, settings: Settings, place: Place) -> Embedder:
+    """One model from scratch, or on from its newest checkpoint below the place's folder."""
     torch.manual_seed(seed)
-    model = make_model(settings)
+    model = make_model(settings).to(place.device)  # made on the CPU: the same first weights everywhere
     loader = make_loader(split, tokenizer, model.config.text.context_length, seed, settings)
     loop, schedule = loop_config(variant, seed, settings), Schedule(settings.learning_rate, settings.warmup_steps)
-    checkpoints = CheckpointFolder(str(folder))
+    checkpoints = CheckpointFolder(str(place.folder))
 
     def report(metrics: dict[str, float], step: int) -> None:
         shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("contrastive", "caption", "samples_per_s"))
@@ -189,12 +196,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", default=["joint"], choices=list(WEIGHTS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = parser.parse_args()
     if not (arguments.rsicd / "dataset_rsicd.json").exists():
         print(f"skipped: {arguments.rsicd} holds no dataset_rsicd.json; name the folder of RSICD")
         return
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here; leave --device out to train on the CPU")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     settings = replace(Settings(), **{name: getattr(arguments, name) for name in asdict(Settings())})
@@ -206,7 +216,8 @@ def main() -> None:
             path = arguments.out / f"{variant}_{seed}.json"
             recall = begin(path, settings)
             if recall is None:
-                embedder = train(train_split, tokenizer, variant, seed, settings, path.with_suffix(""))
+                place = Place(path.with_suffix(""), arguments.device)
+                embedder = train(train_split, tokenizer, variant, seed, settings, place)
                 recall = evaluate(embedder, val_split)
                 path.write_text(json.dumps({"settings": asdict(settings), "recall": recall}))
             recalls.append(recall)

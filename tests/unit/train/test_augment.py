@@ -1,5 +1,6 @@
 """Batches: the same whatever the threads, the ranks and the cache do; captions with directions are never flipped."""
 
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -73,9 +74,29 @@ def test_the_cache_saves_reads_up_to_its_budget() -> None:
     reads = {}
     for cache_gb in (0.0, 0.01):
         store = TinyStore()
-        batches_of(tiny_loader(store=store, cache_gb=cache_gb), 0, 9)
+        # one batch at a time: of two that are made at once, neither finds what the other has just read
+        batches_of(tiny_loader(store=store, cache_gb=cache_gb, prefetch_batches=1), 0, 9)
         reads[cache_gb] = store.num_reads
     assert reads == {0.0: 72, 0.01: 24}
+
+
+class MeetingStore(TinyStore):
+    """A store on the other side of a network: its first reads come back when two of them are on their way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2, timeout=20)
+        self.waiting = [True, True]
+
+    def read(self, indices):
+        if self.waiting:
+            self.waiting.pop()
+            self.both.wait()
+        return super().read(indices)
+
+
+def test_a_batch_is_read_while_another_is_on_its_way() -> None:
+    assert_same_batches(batches_of(tiny_loader(store=MeetingStore())), batches_of(tiny_loader()))
 
 
 def test_stopping_early_leaves_no_threads() -> None:
