@@ -49,7 +49,7 @@ def make_batch(model: MammutConfig, num_samples: int) -> Batch:
     size = model.vision.image_size
     images_BHWC = torch.randint(0, 256, (num_samples, size, size, 3), dtype=torch.uint8)
     tokens_BT = torch.randint(3, model.text.vocab_size, (num_samples, NUM_TOKENS))
-    return Batch(images_BHWC, tokens_BT, tuple(map(str, range(num_samples))))
+    return Batch(images_BHWC, tokens_BT, tuple(map(str, range(num_samples))), torch.arange(num_samples))
 
 
 def make_model(config: MammutConfig, every: int | None) -> Mammut:
