@@ -186,6 +186,10 @@ def test_a_recipe_takes_the_card_of_its_place_and_its_own_number_first() -> None
         )
     ]
     assert chosen == [None, None, 8, 4, 3]
+    large = PretrainConfig(**tiny_recipe(micro_batch_size=8))
+    assert large.chosen_micro_batch_size(model, TrainPlacement(gpu_memory_gb=1.1131), 1) == 8, "on the CPU"
+    with pytest.raises(RecipeMismatchError, match=r"^micro_batch_size 8 of the recipe needs .* takes 4 here"):
+        large.chosen_micro_batch_size(model, TrainPlacement(gpu_memory_gb=1.1131, gpus_per_worker=1), 1)
 
 
 def test_a_card_is_known_or_described() -> None:
