@@ -109,7 +109,7 @@ def make_batch(model: MammutConfig, batch_size: int, num_tokens: int) -> Batch:
     size = model.vision.image_size
     images_BHWC = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8, generator=generator)
     tokens_BT = torch.randint(3, model.text.vocab_size, (batch_size, num_tokens), generator=generator)
-    return Batch(images_BHWC, tokens_BT, tuple(map(str, range(batch_size))))
+    return Batch(images_BHWC, tokens_BT, tuple(map(str, range(batch_size))), torch.arange(batch_size))
 
 
 def make_engine(setting: Setting, model: Mammut, precision: Literal["bfloat16", "float32"]) -> Engine:

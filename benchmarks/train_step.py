@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def make_batch(shape: ReferenceShape, lengths: list[int], generator: torch.Gener
     images_BHWC = torch.randint(0, 256, (len(lengths), size, size, 3), dtype=torch.uint8, generator=generator)
     tokens_BT = torch.randint(1, shape.vocab_size, (len(lengths), context), generator=generator)
     tokens_BT[torch.arange(context) >= torch.tensor(lengths)[:, None]] = 0
-    return Batch(images_BHWC, tokens_BT, tuple(str(index) for index in range(len(lengths))))
+    return Batch(images_BHWC, tokens_BT, tuple(str(index) for index in range(len(lengths))), torch.arange(len(lengths)))
 
 
 def rsicd_lengths(path: Path, batch_size: int, context: int) -> list[int]:
@@ -102,7 +103,7 @@ def trimmed(batch: Batch) -> Batch:
     """The batch as our loader pads it: to its longest caption, rounded up to a multiple of 8."""
     longest = int((batch.tokens_BT != 0).sum(1).max())
     width = min(batch.tokens_BT.shape[1], -(-longest // 8) * 8)
-    return Batch(batch.images_BHWC, batch.tokens_BT[:, :width], batch.sample_ids)
+    return replace(batch, tokens_BT=batch.tokens_BT[:, :width])
 
 
 class Side:

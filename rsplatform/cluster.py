@@ -47,10 +47,11 @@ class TrainPlacement(Config):
     """Workers of Ray Train and the engine that shards the model over them.
 
     `engine` never changes the numbers beyond rounding: parity with the plain engine is a test. Nor does the number of
-    workers, so any engine may be elastic: with `min_workers` a training starts as soon as that many fit the cluster,
-    goes on with fewer when a machine is lost, and looks every `grow_every_minutes` whether more fit. Each change is a
-    restart from the newest checkpoint. A worker's share of the batch grows as workers go, which `micro_batch_size` of
-    the recipe keeps within its memory.
+    workers, since what is drawn at random for a sample follows from its place in the global batch. Any engine may be
+    elastic: with `min_workers` a training starts as soon as that many fit the cluster, goes on with fewer when a
+    machine is lost, and looks every `grow_every_minutes` whether more fit. Each change is a restart from the newest
+    checkpoint. A worker's share of the batch grows as workers go; where the card is named, micro-batches keep it within
+    its memory.
 
     `max_failures`: deaths of workers, over the whole run, that Ray Train starts again after. `max_preemptions`: the
     same for machines that were taken away with notice (None: any number); without notice it is a failure.

@@ -26,6 +26,7 @@ from rsplatform.localize.pseudo_labels import PseudoLabelRule, patch_loss
 from rsplatform.localize.run import Sought
 from rsplatform.localize.teacher import TeacherLabels, teach
 from rsplatform.localize.window import SmoothWindow
+from rsplatform.model.draws import sample_keys
 from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import Mammut
@@ -240,7 +241,8 @@ def _loader(course: Course, number: int) -> Loader:
 def lesson_loss(config: SelfTrainConfig, embedder: Embedder, lesson: Lesson, number: int) -> Any:
     """The patch loss of one batch of labelled pictures, weighted; a pure function of (model, step)."""
     vision, temperature = embedder.model.config.vision, lesson.rule.temperature
-    sampler = GlobalSampler(len(lesson.pictures), config.batch_size, config.seed + 1000 + number)
+    seed = config.seed + 1000 + number
+    sampler = GlobalSampler(len(lesson.pictures), config.batch_size, seed)
     tokens = embedder.tokenizer.encode(lesson.prompts, embedder.model.config.text.context_length, pad_to_longest=True)
     tokens_PT = torch.from_numpy(tokens).to(embedder.device)
 
@@ -250,7 +252,8 @@ def lesson_loss(config: SelfTrainConfig, embedder: Embedder, lesson: Lesson, num
         images_BHWC = torch.from_numpy(np.stack([picture.pixels_HWC for picture in pictures])).to(embedder.device)
         distances_m = [picture.ground_sample_distance_m for picture in pictures]
         images_BCHW = normalise(images_BHWC, vision.pixel_mean, vision.pixel_std)
-        values_BHWD = model.patch_features(images_BCHW, images_BCHW.new_tensor(distances_m)).values_BHWD
+        keys_B = sample_keys(seed, step, torch.arange(len(rows), device=embedder.device))
+        values_BHWD = model.patch_features(images_BCHW, images_BCHW.new_tensor(distances_m), keys_B).values_BHWD
         texts_PE = model.encode_text(tokens_PT)
         labels_BHW = lesson.labels.labels_BHW[rows].to(embedder.device)
         value = patch_loss(model.head(values_BHWD), texts_PE, labels_BHW, temperature, lesson.rule.class_of_prompt)

@@ -131,13 +131,15 @@ class Mammut(nn.Module):
         tokens_BT: Tensor,
         ground_sample_distance_m_B: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        sample_keys_B: Tensor | None = None,
     ) -> MammutOutput:
         """Both passes over normalised images and token ids (0 = pad), the image tokens computed once.
 
         The ground sample distance is that of the pixels given here, NaN where unknown; only a model with
-        `vision.ground_sample_distance_encoding` reads it. `z_loss_weight` is LossConfig's.
+        `vision.ground_sample_distance_encoding` reads it. `z_loss_weight` is LossConfig's. What is
+        drawn at random in training follows from the samples' keys (draws.py), None: from torch's generator.
         """
-        image_tokens_BND = self.vision(images_BCHW, ground_sample_distance_m_B)
+        image_tokens_BND = self.vision(images_BCHW, ground_sample_distance_m_B, sample_keys_B)
         decoded = self.text(tokens_BT, self.image_to_text(image_tokens_BND), z_loss_weight)
         return MammutOutput(
             image_embeddings_BE=unit_length(self.vision.embed_tokens(image_tokens_BND)),
@@ -177,9 +179,14 @@ class Mammut(nn.Module):
         image_BSD = self.image_to_text(self.vision(images_BCHW, ground_sample_distance_m_B))
         return F.linear(self.text.generative(tokens_BT[:, :-1], image_BSD), self.text.vocabulary_weight_VD)
 
-    def patch_features(self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None) -> PatchFeatures:
+    def patch_features(
+        self,
+        images_BCHW: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        sample_keys_B: Tensor | None = None,
+    ) -> PatchFeatures:
         """Values and pooling scores per patch, on the picture's own grid: what smooth attention pools again."""
-        return self.vision.patch_features(images_BCHW, ground_sample_distance_m_B)
+        return self.vision.patch_features(images_BCHW, ground_sample_distance_m_B, sample_keys_B)
 
     def head(self, pooled_D: Tensor) -> Tensor:
         """Map pooled values (..., D) to unit embeddings (..., E), as `encode_image` does after its pooling."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rsplatform.model.draws import POSITION_CROP, random_fractions
+
 CROP_AREA = (0.1, 1.0)
 CROP_ASPECT = (0.5, 2.0)
 
@@ -29,13 +31,13 @@ def interpolate_positions(position_hwD: Tensor, grid: tuple[int, int], mode: str
     return resized[0].permute(1, 2, 0).to(position_hwD.dtype)
 
 
-def cropped_positions(position_hwD: Tensor, batch: int, grid: tuple[int, int], upsampled: int = 64) -> Tensor:
-    """Cropped positional embeddings (B, H, W, D) for training [F, RECIPE.md].
+def cropped_positions(position_hwD: Tensor, keys_B: Tensor, grid: tuple[int, int], upsampled: int = 64) -> Tensor:
+    """Cropped positional embeddings (B, H, W, D) for training [F, RECIPE.md], of samples with these keys (draws.py).
 
     Each picture gets the grid upsampled bilinearly to `upsampled`, a random crop of it (area 0.1 to 1, aspect
     0.5 to 2), and the crop resized back to its own patches. A crop per picture is our default [D].
     """
-    return crop_positions(position_hwD, random_crop_boxes(batch, position_hwD.device), grid, upsampled)
+    return crop_positions(position_hwD, random_crop_boxes(keys_B), grid, upsampled)
 
 
 def crop_positions(position_hwD: Tensor, boxes_B4: Tensor, grid: tuple[int, int], upsampled: int) -> Tensor:
@@ -48,15 +50,15 @@ def crop_positions(position_hwD: Tensor, boxes_B4: Tensor, grid: tuple[int, int]
     return (columns_BWw.unsqueeze(1) @ by_rows_BHwD).to(position_hwD.dtype)
 
 
-def random_crop_boxes(batch: int, device: torch.device | str = "cpu") -> Tensor:
+def random_crop_boxes(keys_B: Tensor) -> Tensor:
     """Random boxes (B, 4): top, bottom, left, right as fractions; area and log-aspect uniform, cut to the whole."""
-    area_B = torch.empty(batch, device=device).uniform_(*CROP_AREA)
-    log_aspect_B = torch.empty(batch, device=device).uniform_(*(math.log(value) for value in CROP_ASPECT))
-    aspect_B = log_aspect_B.exp()
+    area_B, log_aspect_B, down_B, right_B = random_fractions(keys_B, POSITION_CROP, 4).unbind(1)
+    area_B = CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area_B
+    lowest, highest = (math.log(value) for value in CROP_ASPECT)
+    aspect_B = (lowest + (highest - lowest) * log_aspect_B).exp()
     height_B = (area_B / aspect_B).sqrt().clamp(max=1.0)
     width_B = (area_B * aspect_B).sqrt().clamp(max=1.0)
-    top_B = torch.rand(batch, device=device) * (1 - height_B)
-    left_B = torch.rand(batch, device=device) * (1 - width_B)
+    top_B, left_B = down_B * (1 - height_B), right_B * (1 - width_B)
     return torch.stack([top_B, top_B + height_B, left_B, left_B + width_B], dim=1)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsplatform.model.draws import PATCH_DROPOUT, fresh_keys, random_bits
 from rsplatform.model.positions import cropped_positions, interpolate_positions
 from rsplatform.model.scale_encoding import ScaleEncoding
 from rsplatform.model.transformer import EncoderBlock, Mlp, fill_normal, initialise_blocks
@@ -146,22 +147,29 @@ class VisionEncoder(nn.Module):
             fill_normal(self.pool.key_KdD, std=scale)
 
     def forward(
-        self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None, *, keeps_patches: bool = False
+        self,
+        images_BCHW: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        sample_keys_B: Tensor | None = None,
+        *,
+        keeps_patches: bool = False,
     ) -> Tensor:
         """Tokens (B, N, D) before the last norm: what pooling and cross-attention read. A class token comes first,
         but with pooling "mean", which leaves it out, it has only been attended to (as in open_clip).
 
-        Distances in metres per pixel of these images: None or NaN is unknown and adds nothing. `keeps_patches`: no
+        Distances in metres per pixel of these images: None or NaN is unknown and adds nothing. What is drawn at
+        random in training follows from the samples' keys (draws.py), None: from torch's generator. `keeps_patches`: no
         patch dropout, in training either, for those who need the whole grid.
         """
+        keys_B = self._drawing_keys(images_BCHW, sample_keys_B)
         patches_BHWD = self.patch_embedding(self._patches(images_BCHW))
         if self.scale_encoding is not None:
             if ground_sample_distance_m_B is None:  # run all the same: engines want each parameter in each step
                 ground_sample_distance_m_B = patches_BHWD.new_full((len(patches_BHWD),), torch.nan)
             patches_BHWD = patches_BHWD + self.scale_encoding(ground_sample_distance_m_B)[:, None, None]
-        tokens_BND = (patches_BHWD + self._positions(patches_BHWD)).flatten(1, 2)
-        if self.training and self.config.patch_dropout > 0 and not keeps_patches:
-            tokens_BND = drop_patches(tokens_BND, self.config.patch_dropout)
+        tokens_BND = (patches_BHWD + self._positions(patches_BHWD, keys_B)).flatten(1, 2)
+        if keys_B is not None and self.config.patch_dropout > 0 and not keeps_patches:
+            tokens_BND = drop_patches(tokens_BND, self.config.patch_dropout, keys_B)
         if self.class_token_D is not None and self.class_position_D is not None:
             class_D = (self.class_token_D + self.class_position_D).to(tokens_BND.dtype)
             class_B1D = class_D.expand(len(tokens_BND), 1, -1)
@@ -183,11 +191,17 @@ class VisionEncoder(nn.Module):
         cut = images_BCHW.view(batch, channels, height // size, size, width // size, size)
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // size, width // size, -1)
 
-    def _positions(self, patches_BHWD: Tensor) -> Tensor:
-        batch, height, width, _ = patches_BHWD.shape
-        if self.training and self.config.cropped_positions:
+    def _drawing_keys(self, images_BCHW: Tensor, sample_keys_B: Tensor | None) -> Tensor | None:
+        """A key per sample where anything is drawn at random, else None."""
+        if not (self.training and (self.config.cropped_positions or self.config.patch_dropout > 0)):
+            return None
+        return fresh_keys(len(images_BCHW), images_BCHW.device) if sample_keys_B is None else sample_keys_B
+
+    def _positions(self, patches_BHWD: Tensor, keys_B: Tensor | None) -> Tensor:
+        _, height, width, _ = patches_BHWD.shape
+        if keys_B is not None and self.config.cropped_positions:
             grid = self.config.cropped_position_grid
-            return cropped_positions(self.position_HWD, batch, (height, width), upsampled=grid)
+            return cropped_positions(self.position_HWD, keys_B, (height, width), upsampled=grid)
         return interpolate_positions(self.position_HWD, (height, width), self.config.position_interpolation)
 
     def _values_and_scores(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -206,11 +220,16 @@ class VisionEncoder(nn.Module):
             return self.projection(self.norm_output(pooled_D))
         return self.projection(self.pool.finish(pooled_D))
 
-    def patch_features(self, images_BCHW: Tensor, ground_sample_distance_m_B: Tensor | None = None) -> PatchFeatures:
+    def patch_features(
+        self,
+        images_BCHW: Tensor,
+        ground_sample_distance_m_B: Tensor | None = None,
+        sample_keys_B: Tensor | None = None,
+    ) -> PatchFeatures:
         """Values and pooling scores of every patch on the picture's own grid: the input of smooth attention."""
         size = self.config.patch_size
         grid = (images_BCHW.shape[2] // size, images_BCHW.shape[3] // size)
-        tokens_BND = self(images_BCHW, ground_sample_distance_m_B, keeps_patches=True)
+        tokens_BND = self(images_BCHW, ground_sample_distance_m_B, sample_keys_B, keeps_patches=True)
         values_BND, scores_BKN = self._values_and_scores(tokens_BND)
         has_class = self.config.pools_class_token
         first = 1 if has_class else 0
@@ -223,9 +242,9 @@ class VisionEncoder(nn.Module):
         )
 
 
-def drop_patches(tokens_BND: Tensor, fraction: float) -> Tensor:
-    """Keep a random subset of patches, another one per picture (training only); at least one is kept."""
-    batch, num_patches, width = tokens_BND.shape
+def drop_patches(tokens_BND: Tensor, fraction: float, keys_B: Tensor) -> Tensor:
+    """Keep a random subset of patches, another one per sample key (training only); at least one is kept."""
+    _, num_patches, width = tokens_BND.shape
     num_kept = max(1, round(num_patches * (1 - fraction)))
-    kept_BM = torch.rand(batch, num_patches, device=tokens_BND.device).topk(num_kept, dim=1).indices
+    kept_BM = random_bits(keys_B, PATCH_DROPOUT, num_patches).topk(num_kept, dim=1).indices
     return tokens_BND.gather(1, kept_BM.unsqueeze(-1).expand(-1, -1, width))

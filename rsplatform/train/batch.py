@@ -18,7 +18,9 @@ TOKEN_MULTIPLE = 8
 class Batch:
     """This process's share of a global batch: uint8 pictures, int64 token ids (0 = pad) and the sample ids.
 
-    `ground_sample_distance_m_B` is that of the pixels here, after resizing and cropping; NaN (or None) is unknown.
+    `places_B` (int64) are the samples' places in the global batch: what is drawn for a sample follows from its place,
+    whichever process runs it, beside whichever others. `ground_sample_distance_m_B` is that of the pixels here, after
+    resizing and cropping; NaN (or None) is unknown.
     `undecodable`: pictures met on the way that could not be decoded, in whose place others stand (loader.py); infinite
     where none was found, and then the batch is not to be trained on.
     """
@@ -26,6 +28,7 @@ class Batch:
     images_BHWC: Tensor
     tokens_BT: Tensor
     sample_ids: tuple[str, ...]
+    places_B: Tensor
     ground_sample_distance_m_B: Tensor | None = None
     undecodable: float = 0
 
@@ -43,6 +46,7 @@ class Batch:
             images_BHWC=self.images_BHWC[start:end],
             tokens_BT=self.tokens_BT[start:end, :width],
             sample_ids=self.sample_ids[start:end],
+            places_B=self.places_B[start:end],
             ground_sample_distance_m_B=None if distance_m_B is None else distance_m_B[start:end],
         )
 
@@ -62,6 +66,7 @@ class Batch:
             images_BHWC=self.images_BHWC[order_B],
             tokens_BT=self.tokens_BT[order_B],
             sample_ids=tuple(self.sample_ids[row] for row in order_B.tolist()),
+            places_B=self.places_B[order_B],
             ground_sample_distance_m_B=None if distance_m_B is None else distance_m_B[order_B],
         )
 

@@ -130,6 +130,7 @@ class DeepSpeedEngine:
         tokens_BT: Tensor,
         ground_sample_distance_m_B: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        sample_keys_B: Tensor | None = None,
     ) -> MammutOutput:
         """Both passes; stage 3 collects each layer's shards as it goes.
 
@@ -138,7 +139,7 @@ class DeepSpeedEngine:
         """
         if torch.is_autocast_enabled(self.device.type) != (self._precision == "bfloat16"):
             raise ValueError(f"DeepSpeedEngine was made for {self._precision}: give it the precision of the steps")
-        return self._engine(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
+        return self._engine(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight, sample_keys_B)
 
     def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Gradients, averaged over processes with the last ones of a step.

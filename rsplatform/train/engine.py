@@ -53,6 +53,7 @@ class Engine(Protocol):
         tokens_BT: Tensor,
         ground_sample_distance_m_B: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        sample_keys_B: Tensor | None = None,
     ) -> MammutOutput: ...
 
     def backward(self, loss: Tensor, *, is_last: bool = True) -> None: ...
@@ -128,9 +129,10 @@ class PlainEngine:
         tokens_BT: Tensor,
         ground_sample_distance_m_B: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        sample_keys_B: Tensor | None = None,
     ) -> MammutOutput:
         """Both passes of the model."""
-        return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
+        return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight, sample_keys_B)
 
     def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Add the gradients of this process's loss; `step` averages them over processes, once for all of a step."""

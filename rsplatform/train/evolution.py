@@ -83,7 +83,7 @@ def evolve(evolution: Evolution, train: Callable[[list[WorkerJob]], None]) -> li
     `train` is given the jobs of one generation that have no result yet, and leaves it (`train_generation`).
 
     Raises:
-        RecipeMismatchError: the card that the placement names cannot hold one sample.
+        RecipeMismatchError: the card that the placement names cannot hold what is to be in memory at once.
         SweepError: all members of a generation diverged.
     """
     config, population, trials = evolution.config, evolution.population, evolution.trials

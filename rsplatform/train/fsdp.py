@@ -102,9 +102,10 @@ class FsdpEngine:
         tokens_BT: Tensor,
         ground_sample_distance_m_B: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        sample_keys_B: Tensor | None = None,
     ) -> MammutOutput:
         """Both passes; each block's shards are collected as it goes."""
-        return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight)
+        return self._model(images_BCHW, tokens_BT, ground_sample_distance_m_B, z_loss_weight, sample_keys_B)
 
     def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Gradients of the own shards, averaged over processes while the last ones are made.

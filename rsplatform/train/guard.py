@@ -24,16 +24,18 @@ class DamagedDataError(RuntimeError):
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """All of it is our default [D]. `max_skipped_steps` 0: the first loss that is not finite ends the run.
-
-    Above 0, a step is left out if its loss or gradient norm is not finite, or its loss lies more than
-    `spike_deviations` robust standard deviations above the median of the last `window_steps` accepted losses; one
+    """All of it is our default [D]. A step is left out if its loss or gradient norm is not finite, or its loss lies more
+    than `spike_deviations` robust standard deviations above the median of the last `window_steps` accepted losses; one
     more than `max_skipped_steps` such steps in a row ends the run. No limit applies until the window is full.
+
+    `max_skipped_steps`: a bad batch or two cost their own steps, while weights gone bad, which no skipping mends, show
+    within a few. Long runs on pictures that nobody has seen may want more. 0 turns it off: no loss is a spike, and the
+    first that is not finite ends the run.
 
     `max_undecodable_fraction`: of the pictures drawn so far; a run with more (and more than a few) ends.
     """
 
-    max_skipped_steps: int = 0
+    max_skipped_steps: int = 5
     spike_deviations: float = 10.0
     window_steps: int = 50
     max_undecodable_fraction: float = 0.01

@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
     done = finished(config, cluster)
     if done:
         return done
-    _check_start(config, cluster)
+    check_start(config, cluster)
     if cluster.train.launcher == "ray":
         check_workers(config.batch_size, cluster.train)
     with open_stage(config, cluster) as stage:
@@ -56,13 +56,13 @@ def pretrain(config: PretrainConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def _check_start(config: PretrainConfig, cluster: Cluster) -> None:
+def check_start(config: PretrainConfig, cluster: Cluster) -> None:
     """What the recipe asks of the model that it starts from and of the card, before anything is begun for it.
 
     Raises:
         ArtifactError: the model is missing or unfinished.
-        RecipeMismatchError: the loss needs another model, a phase's image size does not fit its patches, or not even
-            one sample fits the card.
+        RecipeMismatchError: the loss needs another model, a phase's image size does not fit its patches, or what is
+            to be in memory at once does not fit the card.
     """
     model = config.architecture(cluster.root)
     if config.start_from is not None:

@@ -197,6 +197,7 @@ class Loader:
             images_BHWC=torch.from_numpy(np.stack([view.pixels_HWC for view in views])),
             tokens_BT=pad_tokens(captions, self.tokenizer, self.config.context_length),
             sample_ids=tuple(sample.id for sample in samples),
+            places_B=torch.tensor(positions),
             ground_sample_distance_m_B=torch.tensor([view.ground_sample_distance_m for view in views]),
             undecodable=sum(sample.undecodable for sample in samples),
         )

@@ -1,9 +1,9 @@
 """The default of `micro_batch_size`: as many samples at a time as the card of the placement holds, by arithmetic.
 
 In: one worker's step and its memory. Out: a divisor of its batch, or a sentence that names the settings with which one
-sample would fit. A pure function of recipe and placement: a run that goes on in the same place goes on bitwise. On
-another card the pieces may have another size, and then sums are rounded otherwise and patches are dropped otherwise;
-`cluster.train.gpu` with the first card's name keeps them.
+sample would fit. A recipe's own number is held to the same arithmetic. A pure function of recipe and placement: a run that goes on in the same place goes on bitwise. On
+another card the pieces may have another size, and then sums are rounded otherwise, no more: what is drawn for a sample
+follows from its place in the global batch.
 """
 
 from collections.abc import Iterator
@@ -51,6 +51,23 @@ def fitting_micro_batch_size(worker: WorkerStep, memory_gb: float) -> int:
         f"{held_bytes(worker, is_split=worker.batch_size > 1) / 1e9:.1f} GB are weights, gradients and moments; of the "
         f"{memory_gb:g} GB a worker has, {max(0.0, usable_bytes(memory_gb)) / 1e9:.1f} may be filled; {advice}"
     )
+
+
+def given_micro_batch_size(worker: WorkerStep, memory_gb: float, size: int) -> int:
+    """`size`, a recipe's own number, if it fits.
+
+    Raises:
+        RecipeMismatchError: it does not, or not even one sample does; the message names what would.
+    """
+    fitting = fitting_micro_batch_size(worker, memory_gb)
+    needed = needed_bytes(worker, min(size, worker.batch_size))
+    if needed > usable_bytes(memory_gb):
+        raise RecipeMismatchError(
+            f"micro_batch_size {size} of the recipe needs {needed / 1e9:.1f} GB a worker by our arithmetic, and of the "
+            f"{memory_gb:g} GB a worker has, {usable_bytes(memory_gb) / 1e9:.1f} may be filled: leave it out, which "
+            f"takes {fitting} here"
+        )
+    return size
 
 
 def _alternatives(worker: WorkerStep) -> Iterator[tuple[str, WorkerStep]]:

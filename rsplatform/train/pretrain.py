@@ -35,8 +35,8 @@ class LoopConfig:
     """How long and how; `max_minutes` counts over restarts and stops at the next step.
 
     `ema_ramps`: AveragedWeights' `ramps`; not for a start from weights that the average is to stay near.
-    `micro_batch_size`: samples of one process in memory at once, None all; it changes no number but those of random
-    draws. `phase_starts`: steps at which the data change, where the guard forgets earlier losses. `phase_losses`:
+    `micro_batch_size`: samples of one process in memory at once, None all; it changes no number but by
+    rounding. `phase_starts`: steps at which the data change, where the guard forgets earlier losses. `phase_losses`:
     (first step, loss) in their order, where a later loss replaces `loss`. `peak_tflops` of one device in the precision
     used, for `mfu`.
     """

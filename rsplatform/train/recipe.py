@@ -22,7 +22,7 @@ from rsplatform.train.curriculum import Curriculum, Phase, RecipeMismatchError
 from rsplatform.train.guard import GuardConfig
 from rsplatform.train.loader import LoaderConfig, LoaderPhase
 from rsplatform.train.memory import SampleShape, WorkerStep, needed_bytes
-from rsplatform.train.micro_batch import fitting_micro_batch_size
+from rsplatform.train.micro_batch import fitting_micro_batch_size, given_micro_batch_size
 from rsplatform.train.optimizer import OptimizerConfig
 from rsplatform.train.pretrain import LoopConfig
 from rsplatform.train.traffic import layout_of, model_numbers
@@ -167,18 +167,22 @@ class PretrainConfig(StageConfig):
         """The recipe's own, else what the placement's card takes; None, the whole batch, where no card is named.
 
         Raises:
-            RecipeMismatchError: not even one sample fits the card.
+            RecipeMismatchError: the recipe's own number, or even one sample, does not fit the card.
         """
         memory_gb = placement.worker_memory_gb
-        if self.micro_batch_size is not None or memory_gb is None:
+        if memory_gb is None:
             return self.micro_batch_size
-        return fitting_micro_batch_size(self.worker_step(model, placement, num_workers), memory_gb)
+        worker = self.worker_step(model, placement, num_workers)
+        if self.micro_batch_size is not None:
+            return given_micro_batch_size(worker, memory_gb, self.micro_batch_size)
+        return fitting_micro_batch_size(worker, memory_gb)
 
     def plan_lines(self, cluster: Cluster) -> list[str]:
         """What `--dry-run` says of the phases and of the card.
 
         Raises:
-            RecipeMismatchError: not even one sample fits the card, or the optimizer needs another engine.
+            RecipeMismatchError: what is to be in memory at once does not fit the card, or the optimizer needs another
+                engine.
         """
         if self.optimizer.kind == "muon" and cluster.train.engine != "plain":
             raise RecipeMismatchError(

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rsplatform.model.draws import sample_keys
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut, MammutOutput
 from rsplatform.model.normalise import normalise
@@ -26,10 +27,6 @@ from rsplatform.train.engine import Engine
 
 # (model, step) -> (loss, detached parts): added to MaMMUT's loss.
 AuxiliaryLoss = Callable[[Mammut, int], tuple[Tensor, dict[str, Tensor]]]
-
-_SEEDS = 2**63
-# Odd, with bits all over: seeds of neighbouring micro-batches have nothing in common.
-_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -74,22 +71,20 @@ def forward_backward(engine: Engine, batch: Batch, step: int, config: StepConfig
     return prepared.parts
 
 
-def forward_micro_batch(engine: Engine, piece: Batch, step: int, index: int, config: StepConfig) -> MammutOutput:
-    """Both passes over some samples of a step. Its random draws are always the same ones.
+def forward_micro_batch(engine: Engine, piece: Batch, step: int, config: StepConfig) -> MammutOutput:
+    """Both passes over some samples of a step.
 
-    The generator's state is a function of (seed, step, rank, micro-batch), so nothing needs saving and a second run
-    drops the same patches.
+    What is drawn for a sample is a function of (seed, step, place in the global batch) and of nothing else: no state
+    needs saving, a second run drops the same patches, and so does one in other pieces or on other processes.
     """
-    rank = engine.gather.rank if engine.gather else 0
-    seed = (config.seed * 1_000_003 + step) * 65_537 + rank
-    torch.manual_seed((seed + index * _SEED_STRIDE) % _SEEDS)
     vision = engine.model.config.vision
     tokens_BT = piece.tokens_BT.to(engine.device)
     images_BCHW = normalise(piece.images_BHWC.to(engine.device), vision.pixel_mean, vision.pixel_std)
     is_bfloat16 = config.precision == "bfloat16"
     with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=is_bfloat16):
         distance_m_B = piece.distances_on(engine.device)
-        return engine.forward(images_BCHW, tokens_BT, distance_m_B, config.loss.z_loss_weight)
+        keys_B = sample_keys(config.seed, step, piece.places_B.to(engine.device))
+        return engine.forward(images_BCHW, tokens_BT, distance_m_B, config.loss.z_loss_weight, keys_B)
 
 
 # What the loss reads of the model's outputs and sends gradients to: rows of samples, numbers of the whole batch that
@@ -104,7 +99,7 @@ _ROWS, _SHARED, _SUMMED = (
 def _prepare_whole(
     engine: Engine, batch: Batch, step: int, config: StepConfig, auxiliary_loss: AuxiliaryLoss | None
 ) -> PreparedStep:
-    output = forward_micro_batch(engine, batch, step, 0, config)
+    output = forward_micro_batch(engine, batch, step, config)
     loss, parts = mammut_loss(output, batch.tokens_BT.to(engine.device), config.loss, engine.gather)
     if auxiliary_loss:
         extra, extra_parts = auxiliary_loss(engine.model, step)
@@ -130,7 +125,7 @@ def _prepare_micro_batches(engine: Engine, batch: Batch, step: int, config: Step
 
     def make_gradients() -> None:
         for index, piece in enumerate(pieces):
-            output = forward_micro_batch(engine, piece, step, index, config)
+            output = forward_micro_batch(engine, piece, step, config)
             rows = slice(index * size, (index + 1) * size)
             carried = output.caption_loss_sum * gradients[_SUMMED]
             for name in _ROWS:
@@ -152,8 +147,8 @@ def _pieces(batch: Batch, size: int | None) -> list[Batch]:
 def outputs_without_graph(engine: Engine, batch: Batch, step: int, config: StepConfig) -> MammutOutput:
     """The outputs of this process's batch, run in micro-batches, as the loss reads them; hidden states are not kept."""
     outputs = []
-    for index, piece in enumerate(_pieces(batch, config.micro_batch_size)):
-        output = forward_micro_batch(engine, piece, step, index, config)
+    for piece in _pieces(batch, config.micro_batch_size):
+        output = forward_micro_batch(engine, piece, step, config)
         outputs.append(output._replace(caption_hidden_BTD=output.caption_hidden_BTD.new_empty(0)))
     first = outputs[0]
     return first._replace(

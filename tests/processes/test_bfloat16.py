@@ -86,10 +86,10 @@ def hidden_dtypes(kind: str) -> set[torch.dtype]:
     engine, batch = make_engine(kind), batches()[0]
     dtypes: set[torch.dtype] = set()
     engine.model.image_to_text.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    forward_micro_batch(engine, batch, 0, 0, BFLOAT16)
+    forward_micro_batch(engine, batch, 0, BFLOAT16)
     engine.model.eval()
     with torch.no_grad():
-        forward_micro_batch(engine, batch, 0, 0, BFLOAT16)
+        forward_micro_batch(engine, batch, 0, BFLOAT16)
     return dtypes
 
 
@@ -102,7 +102,7 @@ def train_all() -> dict[str, Tensor]:
     for kind in KINDS:
         assert hidden_dtypes(kind) == {torch.bfloat16}, f"{kind}, asked without a device"
     with pytest.raises(ValueError, match="made for bfloat16"):
-        forward_micro_batch(make_engine("zero1"), batches()[0], 0, 0, StepConfig())
+        forward_micro_batch(make_engine("zero1"), batches()[0], 0, StepConfig())
     results = {kind: train(kind) for kind in KINDS} | {"float32": train("plain", StepConfig())}
     return {f"{kind}|{name}": value for kind, state in results.items() for name, value in state.items()}
 

@@ -23,9 +23,11 @@ OPTIMIZER = OptimizerConfig(eps=1e-4, gradient_clip=0.5)
 
 
 def make_engine(kind: str, loss: LossConfig):
-    """Beside the sigmoid loss, a model that is told its pictures' scale: every option that adds a parameter."""
+    """Draws at random for each sample. Beside the sigmoid loss, a model that is told its pictures' scale: every option
+    that adds a parameter."""
     is_sigmoid = loss.contrastive == "sigmoid"
-    model = tiny_model(logit_bias=is_sigmoid, ground_sample_distance_encoding=is_sigmoid)
+    drawn = {"patch_dropout": 0.25, "cropped_positions": True}
+    model = tiny_model(logit_bias=is_sigmoid, ground_sample_distance_encoding=is_sigmoid, **drawn)
     if kind == "plain":
         return PlainEngine(model, OPTIMIZER, gather_of_default_group())
     world_size = dist.get_world_size()

@@ -36,7 +36,7 @@ State = dict[str, Tensor]
 
 
 def make_model(dtype: torch.dtype) -> Mammut:
-    model = tiny_model().to(dtype)
+    model = tiny_model(patch_dropout=0.25, cropped_positions=True).to(dtype)
     # the loop's pixels are float32
     model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype), *inputs[1:]))
     return model

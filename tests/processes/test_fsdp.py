@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from rsplatform.model.draws import sample_keys
 from rsplatform.model.losses import LossConfig, mammut_loss
 from rsplatform.model.mammut import Mammut
 from rsplatform.train.engine import FIRST_MOMENT, Engine, PlainEngine, gather_of_default_group
@@ -43,9 +44,11 @@ CASES = {
 
 
 def make_model(case: Case = CASES["softmax"]) -> Mammut:
-    """Every kind of part: blocks without MLP, cross-attention with one, a pooling with parameters of its own."""
+    """Every kind of part: blocks without MLP, cross-attention with one, a pooling with parameters of its own; and
+    what is drawn at random for each sample."""
     sizes = {"text_num_layers": 3, "self_mlp_before_cross": False, "cross_mlp": True, "vision_pooling": "map"}
     sizes |= {"logit_bias": case.loss.contrastive == "sigmoid", "ground_sample_distance_encoding": True}
+    sizes |= {"patch_dropout": 0.25, "cropped_positions": True}
     model = tiny_model(**sizes).double()
     with torch.no_grad():
         model.log_logit_scale.add_(case.above)
@@ -60,6 +63,12 @@ def make_engine(kind: str, case: Case = CASES["softmax"]) -> Engine:
     return FsdpEngine(make_model(case), OPTIMIZER, shard_size=int(shard_size) if shard_size else None)
 
 
+def own_places() -> torch.Tensor:
+    """The places of this process's rows in the batch."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return torch.arange(rank, BATCH_SIZE, world_size)
+
+
 def own_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This process's rows of the step's batch; texts differ in length, and two are the same."""
     generator = torch.Generator().manual_seed(step)
@@ -68,22 +77,21 @@ def own_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens_BT[row, 4 + row :] = 0
     tokens_BT[6] = tokens_BT[1]
     images_BCHW = torch.randn(BATCH_SIZE, 3, 16, 16, dtype=torch.float64, generator=generator)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return images_BCHW[rank::world_size], tokens_BT[rank::world_size]
+    return images_BCHW[own_places()], tokens_BT[own_places()]
 
 
 def own_distances(step: int) -> torch.Tensor | None:
     """Ground sample distances of this process's rows; at four processes, one knows none, and step 2 has none."""
     distance_m_B = torch.linspace(0.3, 9.0, BATCH_SIZE, dtype=torch.float64)
     distance_m_B[1::4] = torch.nan
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return None if step == 2 else distance_m_B[rank::world_size]
+    return None if step == 2 else distance_m_B[own_places()]
 
 
 def one_step(engine: Engine, step: int, loss: LossConfig) -> torch.Tensor:
     """The step's losses, logit scale and gradient norm, over all processes."""
     images_BCHW, tokens_BT = own_batch(step)
-    output = engine.forward(images_BCHW, tokens_BT, own_distances(step), loss.z_loss_weight)
+    keys_B = sample_keys(3, step, own_places())
+    output = engine.forward(images_BCHW, tokens_BT, own_distances(step), loss.z_loss_weight, keys_B)
     value, parts = mammut_loss(output, tokens_BT, loss, engine.gather)
     engine.backward(value)
     values_K = torch.stack([part.double() for part in parts.values()])
@@ -131,6 +139,8 @@ def assert_inference_equals(kind: str) -> None:
     engine, model = make_engine(kind), make_model()
     images_BCHW, tokens_BT = own_batch(0)
     before = engine.state()
+    for each in (engine.model, model):
+        each.eval()
     with torch.no_grad():
         for method in ("encode_image", "image_tokens", "patch_features"):
             actual, expected = getattr(engine.model, method)(images_BCHW), getattr(model, method)(images_BCHW)
@@ -141,6 +151,8 @@ def assert_inference_equals(kind: str) -> None:
         logits = [each.caption_logits(images_BCHW, tokens_BT) for each in (engine.model, model)]
         torch.testing.assert_close(*logits)
     assert_same(engine.state(), before, 0.0)
+    for each in (engine.model, model):
+        each.train()
     plain = PlainEngine(model, OPTIMIZER, gather_of_default_group())
     for step in range(2):
         torch.testing.assert_close(one_step(engine, step, LossConfig()), one_step(plain, step, LossConfig()))

@@ -41,8 +41,10 @@ State = dict[str, torch.Tensor]
 
 
 def make_model(dtype: torch.dtype, loss: LossConfig) -> Mammut:
-    """With a logit scale above its clamp, where only gradients that lead down pass; SigLIP's stays below."""
-    model = tiny_model(vision_pooling="map", logit_bias=loss.contrastive == "sigmoid").to(dtype)
+    """With a logit scale above its clamp, where only gradients that lead down pass (SigLIP's stays below), and with
+    patches and positions drawn at random."""
+    drawn = {"patch_dropout": 0.25, "cropped_positions": True}
+    model = tiny_model(vision_pooling="map", logit_bias=loss.contrastive == "sigmoid", **drawn).to(dtype)
     with torch.no_grad():
         model.log_logit_scale.add_(2.0)
     # the loop's pixels are float32
@@ -69,8 +71,8 @@ def own_batch(step: int) -> Batch:
     tokens_BT[7] = tokens_BT[1]
     images_BHWC = torch.randint(0, 256, (BATCH_SIZE, 16, 16, 3), dtype=torch.uint8, generator=generator)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    ids = tuple(str(row) for row in range(rank, BATCH_SIZE, world_size))
-    return Batch(images_BHWC[rank::world_size], tokens_BT[rank::world_size], ids)
+    places_B = torch.arange(rank, BATCH_SIZE, world_size)
+    return Batch(images_BHWC[places_B], tokens_BT[places_B], tuple(map(str, places_B.tolist())), places_B)
 
 
 def train(kind: str, loss: LossConfig, micro_batch_size: int | None, frozen: tuple[str, ...] = ()) -> State:

@@ -38,6 +38,7 @@ NUM_STEPS, NUM_KILLS = 6, 20
 # What a run is seeded with, and which of the engine's kills it gets: DeepSpeed's are dealt to its stages.
 SHARES = {"plain": (0, 0, 1), "fsdp": (1, 0, 1)} | {f"zero{stage}": (2, stage, 4) for stage in range(4)}
 PACE = ("samples_per_s", "samples_per_s_per_device", "data_wait_fraction", "validate_s", "save_s")
+DRAWN = {"patch_dropout": 0.25, "cropped_positions": True}
 State = dict[str, torch.Tensor]
 
 
@@ -58,7 +59,7 @@ def make_recipe(engine: str, **changes) -> PretrainConfig:
     """Random draws in the model, in the pictures and in the captions; the best model is kept."""
     schedule = {"learning_rate": 1e-3, "warmup_steps": 2}
     recipe = {
-        "model": {"size": "mini", "settings": tiny_recipe()["model"]["settings"] | {"patch_dropout": 0.25}},
+        "model": {"size": "mini", "settings": tiny_recipe()["model"]["settings"] | DRAWN},
         "phases": [
             {"name": "web", "steps": 3, "schedule": schedule, "mixture": {"web_pairs": 1.0}},
             {"name": "mix", "steps": 3, "schedule": schedule},
@@ -180,10 +181,10 @@ def test_other_numbers_of_processes_see_the_same_samples(
 ) -> None:
     """Two processes, then one, then four, against a single plain process.
 
-    Not bitwise: they add in another order. Without patch dropout, whose draws belong to a process.
+    Not bitwise: they add in another order. What is drawn for a sample is the same everywhere.
     """
     # eps well above rounding: Adam would blow up the rounding in gradients that are zero (a key's bias)
-    changes = {"model": tiny_recipe()["model"], "optimizer": {"eps": 1e-4}, "ema_decay": None}
+    changes = {"optimizer": {"eps": 1e-4}, "ema_decay": make_recipe(engine).ema_decay}
     single = Run(server, make_job(root, "plain", tmp_path / "single", **changes))
     assert not single.start(world_size=1)
     run = Run(server, make_job(root, engine, tmp_path / "run", **changes))

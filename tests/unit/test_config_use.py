@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Whose default is the only sensible choice of a recipe, and why it may be set all the same.
 ALLOWED = {
     "PretrainConfig.split": "recipes train on train; another split is for experiments on the command line",
+    "PretrainConfig.micro_batch_size": "a card takes what it holds by itself; a number is for cards without a name",
     "PretrainConfig.seed": "a recipe needs one seed; another is for measuring the spread over seeds",
     "LossConfig.contrastive_weight": "the ratio is set by caption_weight; 0 is for the generative-only ablation",
     "LossConfig.focal_gamma": "mt_webli.yaml states the only published value",

@@ -11,15 +11,19 @@ import pytest
 import yaml
 from mlflow.utils.validation import _validate_param_name
 
-from rsplatform import tracking
+from rsplatform import artifacts, storage, tracking
+from rsplatform.artifacts import Artifact
 from rsplatform.cluster import load_cluster
 from rsplatform.config import StageConfig, load_config
 from rsplatform.dataset.build import BuildDatasetConfig, source_name
-from rsplatform.train.launch import check_workers
+from rsplatform.model.openmammut_config import config_of_layout
+from rsplatform.train.import_model import ImportModelConfig
+from rsplatform.train.launch import check_start, check_workers
 from rsplatform.train.recipe import PretrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted(REPOSITORY.glob("configs/*/*.yaml"))
+PRETRAININGS = [path for path in RECIPES if path.parent.name == "pretrain"]
 CLUSTERS = [path for path in sorted(REPOSITORY.glob("cluster/*.yaml")) if "metadata" in path.read_text()]
 
 
@@ -75,7 +79,7 @@ def test_the_holdout_differs_from_the_whole_curriculum_in_its_data_alone() -> No
     assert (made.output, bool(made.holdout)) == (holdout.dataset, True)
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/pretrain/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PRETRAININGS, ids=lambda path: path.stem)
 def test_mixtures_name_sources_of_the_dataset_that_the_recipe_trains_on(path: Path) -> None:
     makers = [load_config(BuildDatasetConfig, other) for other in REPOSITORY.glob("configs/build_dataset/*.yaml")]
     names = {maker.output: {source_name(source) for source in maker.sources} for maker in makers}
@@ -93,10 +97,34 @@ def test_one_cluster_file_serves_ray_up_and_our_jobs(path: Path) -> None:
     assert load_cluster(path).root
 
 
+@pytest.fixture(scope="module")
+def started_from(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A root with the models that recipes start from, as far as a start reads them: the sizes."""
+    root = str(tmp_path_factory.mktemp("root"))
+    imported = load_config(ImportModelConfig, REPOSITORY / "configs/import_model/openmammut.yaml")
+    assert imported.architecture is not None
+    models = {imported.output: config_of_layout(imported.architecture, "recipe")}
+    for path in PRETRAININGS:
+        recipe = load_config(PretrainConfig, path)
+        if recipe.model is not None:
+            models[recipe.output] = recipe.model.mammut_config()
+    for ref, model in models.items():
+        artifact, identity = Artifact(root, ref), artifacts.identity({"output": ref}, {})
+        artifacts.begin(artifact, identity)
+        storage.write_json(artifact.path("model/config.json"), model.to_dict())
+        artifacts.commit(artifact, identity, counts={}, metrics={}, run_id="none")
+    return root
+
+
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
-def test_every_training_divides_among_the_workers_of_a_cluster_file(path: Path) -> None:
-    for recipe in REPOSITORY.glob("configs/pretrain/*.yaml"):
-        check_workers(load_config(PretrainConfig, recipe).batch_size, load_cluster(path).train)
+@pytest.mark.parametrize("recipe", PRETRAININGS, ids=lambda path: path.stem)
+def test_every_training_fits_every_cluster_file(recipe: Path, path: Path, started_from: str) -> None:
+    """Its batch divides among the workers, and a card holds what the arithmetic says it takes."""
+    config, cluster = load_config(PretrainConfig, recipe), load_cluster(path)
+    check_workers(config.batch_size, cluster.train)
+    check_start(config, cluster.model_copy(update={"root": started_from}))
+    lines = config.plan_lines(cluster.model_copy(update={"root": started_from}))
+    assert any(line.startswith("memory micro_batch_size") for line in lines) == (cluster.train.gpu is not None)
 
 
 @pytest.mark.parametrize("job", sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py")))

@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from rsplatform.model.draws import sample_keys
 from rsplatform.model.positions import crop_positions, interpolate_positions, random_crop_boxes
 
 
 def test_crops_equal_upsampling_then_sampling():
     position_hwD = torch.randn(5, 7, 3)
-    boxes_B4 = random_crop_boxes(6)
+    boxes_B4 = random_crop_boxes(sample_keys(0, 0, torch.arange(6)))
     fast_BHWD = crop_positions(position_hwD, boxes_B4, (4, 6), upsampled=20)
     whole = F.interpolate(position_hwD.permute(2, 0, 1)[None], size=(20, 20), mode="bilinear", align_corners=False)
     for box, fast_HWD in zip(boxes_B4, fast_BHWD, strict=True):
@@ -27,8 +28,7 @@ def test_the_whole_box_at_the_learned_size_is_the_grid_itself():
 
 
 def test_boxes_have_the_published_areas_and_aspects_and_lie_inside():
-    torch.manual_seed(0)
-    boxes_B4 = random_crop_boxes(5000)
+    boxes_B4 = random_crop_boxes(sample_keys(0, 0, torch.arange(5000)))
     height, width = boxes_B4[:, 1] - boxes_B4[:, 0], boxes_B4[:, 3] - boxes_B4[:, 2]
     area, aspect = height * width, width / height
     assert boxes_B4.min() >= 0 and boxes_B4.max() <= 1 + 1e-6

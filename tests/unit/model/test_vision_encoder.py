@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rsplatform.model.draws import sample_keys
 from rsplatform.model.vision_encoder import VisionConfig, VisionEncoder, drop_patches
 
 
@@ -94,7 +95,7 @@ def test_a_picture_that_does_not_divide_into_patches_is_an_error():
 
 def test_patch_dropout_keeps_distinct_patches_and_only_in_training():
     tokens_BND = torch.arange(2 * 16.0).view(2, 16, 1).expand(2, 16, 5)
-    kept_BMD = drop_patches(tokens_BND, 0.75)
+    kept_BMD = drop_patches(tokens_BND, 0.75, sample_keys(0, 0, torch.arange(2)))
     assert kept_BMD.shape == (2, 4, 5)
     for row in range(2):
         values = set(kept_BMD[row, :, 0].tolist())

@@ -30,7 +30,7 @@ def test_a_spike_lies_far_above_the_median_of_a_full_window() -> None:
     assert "above the limit of" in guard.loss_objection(limit + 1e-6, state, CONFIG)
     assert guard.loss_objection(-5.0, state, CONFIG) == ""
     assert guard.spike_limit(seen(2.0, 2.0, 2.0, 2.0), CONFIG) == pytest.approx(2.0 * 1.1)
-    assert guard.spike_limit(state, GuardConfig(window_steps=4)) == float("inf")
+    assert guard.spike_limit(state, GuardConfig(max_skipped_steps=0, window_steps=4)) == float("inf")
 
 
 def test_what_is_not_finite_never_passes() -> None:
@@ -103,6 +103,11 @@ def test_a_resumed_run_skips_the_same_steps(tmp_path: Path) -> None:
     resumed, later, _ = train(tmp_path / "parts")
     assert resumed.guard == progress.guard
     assert all(torch.equal(value, states[NUM_STEPS][name]) for name, value in later[NUM_STEPS].items())
+
+
+def test_a_bad_batch_ends_no_run_by_default(tmp_path: Path) -> None:
+    progress, _, _ = train(tmp_path, guard=GuardConfig())
+    assert progress.guard.skipped_steps == 1  # too few losses for a limit, but one of them is not a number
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:

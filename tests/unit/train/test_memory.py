@@ -49,7 +49,7 @@ def make_batch(model: MammutConfig, num_samples: int) -> Batch:
     size = model.vision.image_size
     images_BHWC = torch.randint(0, 256, (num_samples, size, size, 3), dtype=torch.uint8)
     tokens_BT = torch.randint(3, model.text.vocab_size, (num_samples, NUM_TOKENS))
-    return Batch(images_BHWC, tokens_BT, tuple(map(str, range(num_samples))))
+    return Batch(images_BHWC, tokens_BT, tuple(map(str, range(num_samples))), torch.arange(num_samples))
 
 
 def make_model(config: MammutConfig, every: int | None) -> Mammut:
@@ -186,6 +186,10 @@ def test_a_recipe_takes_the_card_of_its_place_and_its_own_number_first() -> None
         )
     ]
     assert chosen == [None, None, 8, 4, 3]
+    large = PretrainConfig(**tiny_recipe(micro_batch_size=8))
+    assert large.chosen_micro_batch_size(model, TrainPlacement(gpu_memory_gb=1.1131), 1) == 8, "on the CPU"
+    with pytest.raises(RecipeMismatchError, match=r"^micro_batch_size 8 of the recipe needs .* takes 4 here"):
+        large.chosen_micro_batch_size(model, TrainPlacement(gpu_memory_gb=1.1131, gpus_per_worker=1), 1)
 
 
 def test_a_card_is_known_or_described() -> None:

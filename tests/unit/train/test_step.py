@@ -1,5 +1,7 @@
 """Micro-batches against the slow obvious version: all pieces in one graph, the loss of their outputs, one backward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ def make_batch() -> Batch:
         tokens_BT[row, 3 + row :] = 0
     tokens_BT[5] = tokens_BT[1]
     images_BHWC = torch.randint(0, 256, (NUM_SAMPLES, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images_BHWC, tokens_BT, tuple(str(row) for row in range(NUM_SAMPLES)))
+    return Batch(images_BHWC, tokens_BT, tuple(str(row) for row in range(NUM_SAMPLES)), torch.arange(NUM_SAMPLES))
 
 
 def gradients(model: Mammut) -> list[torch.Tensor]:
@@ -44,7 +46,7 @@ def gradients(model: Mammut) -> list[torch.Tensor]:
 def obvious_loss(engine: PlainEngine, config: StepConfig, size: int) -> torch.Tensor:
     batch = make_batch().by_length()
     pieces = [batch.rows(start, start + size) for start in range(0, NUM_SAMPLES, size)]
-    outputs = [forward_micro_batch(engine, piece, 4, index, config) for index, piece in enumerate(pieces)]
+    outputs = [forward_micro_batch(engine, piece, 4, config) for piece in pieces]
     z_losses = [output.caption_z_loss_sum for output in outputs if output.caption_z_loss_sum is not None]
     whole = outputs[0]._replace(
         image_embeddings_BE=torch.cat([output.image_embeddings_BE for output in outputs]),
@@ -95,18 +97,30 @@ def test_no_more_than_one_micro_batch_is_in_memory_with_its_graph() -> None:
     assert max(pieces) - weights < (whole - weights) / 3
 
 
-def test_random_draws_are_the_same_in_both_runs_and_differ_between_micro_batches() -> None:
+@torch.no_grad()
+def test_what_is_drawn_for_a_sample_is_a_function_of_seed_step_and_place_alone() -> None:
+    """Neither of the samples beside it, nor of the process: a share of the batch, in any order, draws as the batch."""
     engine, config = make_engine(), StepConfig()
-    piece = make_batch().rows(0, 3)
-    first = forward_micro_batch(engine, piece, 0, 1, config).image_embeddings_BE
-    torch.rand(5)
-    with torch.no_grad():
-        assert torch.equal(first, forward_micro_batch(engine, piece, 0, 1, config).image_embeddings_BE)
-    others = [(0, 0, config), (1, 1, config), (0, 1, StepConfig(seed=1))]
-    for step, index, other in others:
-        assert not torch.equal(first, forward_micro_batch(engine, piece, step, index, other).image_embeddings_BE)
-    large = StepConfig(seed=2**40)
-    assert forward_micro_batch(engine, piece, 10**6, 10**3, large).image_embeddings_BE.isfinite().all()
+
+    def embed(batch: Batch, step: int = 0, config: StepConfig = config) -> torch.Tensor:
+        return forward_micro_batch(engine, batch, step, config).image_embeddings_BE
+
+    batch = make_batch()
+    whole_BE, again_BE = embed(batch), embed(batch)
+    assert torch.equal(whole_BE, again_BE)
+    backwards = torch.arange(NUM_SAMPLES - 1, -1, -2)
+    share = replace(
+        batch,
+        images_BHWC=batch.images_BHWC[backwards],
+        tokens_BT=batch.tokens_BT[backwards],
+        places_B=batch.places_B[backwards],
+    )
+    torch.testing.assert_close(embed(share), whole_BE[backwards], atol=1e-12, rtol=1e-12)
+    others = [embed(batch, step=1), embed(batch, config=StepConfig(seed=1))]
+    others += [embed(batch, step=10**6, config=StepConfig(seed=2**63 + 1))]
+    others += [embed(replace(batch, places_B=batch.places_B + 1))]
+    for other_BE in others:
+        assert ((other_BE - whole_BE).abs().amax(1) > 1e-4).all()
 
 
 def test_one_micro_batch_is_the_whole_batch() -> None:
@@ -143,14 +157,14 @@ def test_micro_batches_are_buckets_of_like_lengths_and_change_no_number() -> Non
     tokens_BT = torch.randint(3, 300, (8, 32), generator=generator) * (torch.arange(32) < lengths[:, None])
     tokens_BT[0, 1] = 0  # another tokenizer's own token within a caption
     images_BHWC = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    batch = Batch(images_BHWC, tokens_BT, tuple(map(str, lengths.tolist())), torch.arange(8.0))
+    batch = Batch(images_BHWC, tokens_BT, tuple(map(str, lengths.tolist())), torch.arange(8), torch.arange(8.0))
     ordered = batch.by_length()
     assert ordered.sample_ids == tuple(map(str, sorted(lengths.tolist())))
     assert ordered.ground_sample_distance_m_B is not None and ordered.ground_sample_distance_m_B[-1] == 1
     pieces = [ordered.rows(start, start + 2) for start in range(0, 8, 2)]
     assert [piece.tokens_BT.shape[1] for piece in pieces] == [8, 8, 24, 32]
     assert [piece.sample_ids for piece in pieces] == [("3", "4"), ("5", "6"), ("9", "17"), ("28", "30")]
-    whole, bucketed = (make_engine(patch_dropout=0.0, cropped_positions=False, context_length=32) for _ in range(2))
+    whole, bucketed = (make_engine(context_length=32) for _ in range(2))
     expected = forward_backward(whole, batch, 4, StepConfig())
     parts = forward_backward(bucketed, batch, 4, StepConfig(micro_batch_size=2))
     for name, value in expected.items():
