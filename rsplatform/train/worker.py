@@ -114,10 +114,13 @@ def _what_the_place_makes_of_it(job: WorkerJob, engine: Engine, micro_batch: int
 
 
 def initial_model(config: PretrainConfig, root: str) -> Mammut:
-    """The model before its first step: seeded, or the weights of the artifact that `start_from` names."""
+    """The model before its first step, in float32: seeded, or the weights of the artifact that `start_from` names.
+
+    Moments have their weights' dtype, and steps are smaller than a bfloat16 weight's next neighbour is far.
+    """
     if config.start_from is not None:
         model, _ = load_model(storage.local_folder(f"{root}/{config.start_from}/model"))
-        return model.train()
+        return model.float().train()
     assert config.model is not None, "the recipe's validator demands one of model and start_from"
     torch.manual_seed(config.seed)
     return Mammut(config.model.mammut_config())
