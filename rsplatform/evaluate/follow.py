@@ -167,7 +167,7 @@ def _score_checkpoint(
     """One row of scores.json; None if the training has pruned the checkpoint meanwhile."""
     checkpoints = training.checkpoints
     try:
-        tensors, _ = checkpoints.load(step)
+        model, _ = model_of_checkpoint(training.recipe, cluster.root, checkpoints, step)
     except OSError:
         if step in checkpoints.steps():
             raise
@@ -179,7 +179,6 @@ def _score_checkpoint(
             config.every_steps,
         )
         return None
-    model = model_of_checkpoint(training.recipe, cluster.root, tensors, f"{checkpoints.uri}, step {step}")
     embedder = Embedder(model.to(driver_device()), load_tokenizer(training.artifact.uri))
     row: dict[str, Any] = {"step": step, "model_hash": embedder.model_hash, "benchmarks": {}, "metrics": {}}
     for benchmark in config.benchmarks:

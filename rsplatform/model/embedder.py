@@ -36,9 +36,9 @@ class Embedder:
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu", batch_size: int = 128) -> "Embedder":
-        """Read a folder that `save_model` wrote and move the model to `device`."""
+        """Read a folder that `save_model` wrote, in float32 whatever its files hold, and move the model to `device`."""
         model, tokenizer = load_model(Path(folder))
-        return cls(model.to(device), tokenizer, batch_size)
+        return cls(model.float().to(device), tokenizer, batch_size)
 
     @property
     def device(self) -> torch.device:

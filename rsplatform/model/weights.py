@@ -39,7 +39,7 @@ def save_model(folder: Path, model: Mammut, tokenizer: Tokenizer) -> None:
 
 
 def load_model(folder: Path) -> tuple[Mammut, Tokenizer]:
-    """The model (on the CPU, in eval mode) and its tokenizer.
+    """The model (on the CPU, in eval mode, in the dtype of its file: what trains or embeds casts) and its tokenizer.
 
     Raises:
         WeightsError: a file is missing or damaged, or does not fit the config.

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import safetensors
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,6 +36,9 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+# Of one request to an object store.
+_PIECE_BYTES = 64 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -105,34 +108,74 @@ class CheckpointFolder:
 
     def load(self, step: int) -> tuple[dict[str, Tensor], Progress]:
         """Tensors and progress of one checkpoint. From a local path the tensors are read when they are, and share the
-        page cache with the other processes of the host.
+        page cache with the other processes of the host: the file has to stay until they have been.
 
         Raises:
             CheckpointError: the file is damaged.
             FileNotFoundError: there is no checkpoint of that step.
         """
         path = self._path(step)
-        try:
-            tensors, metadata = _read_s3(path) if storage.is_s3(path) else _map_local(path)
-            return tensors, Progress(**json.loads(metadata[_PROGRESS_KEY]))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: not a readable checkpoint ({error}); delete it to resume from the one before"
-            ) from error
+        return _with_progress(path, _read if storage.is_s3(path) else _map_local)
+
+    def read(self, step: int, prefix: str) -> tuple[dict[str, Tensor], Progress]:
+        """As `load`, but only the tensors whose names begin with `prefix`, and read now: whoever does not write the
+        checkpoints may find them pruned at any time, and on a network disk a vanished mapped file ends the process.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            OSError: there is no checkpoint of that step, or there is none any more.
+        """
+        return _with_progress(self._path(step), partial(_read, prefix=prefix))
 
     def _path(self, step: int) -> str:
         return f"{self.uri}/step_{step:08d}.safetensors"
 
 
-def _map_local(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+# What a file holds: tensors by name, and the metadata.
+_Content = tuple[dict[str, Tensor], dict[str, str]]
+
+
+def _with_progress(path: str, read: Callable[[str], _Content]) -> tuple[dict[str, Tensor], Progress]:
+    try:
+        tensors, metadata = read(path)
+        return tensors, Progress(**json.loads(metadata[_PROGRESS_KEY]))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({error}); delete it to resume from the one before"
+        ) from error
+
+
+def _map_local(path: str) -> _Content:
     with safetensors.safe_open(storage.filesystem(path)[1], framework="pt") as file:
         return file.get_tensors(), file.metadata()
 
 
-def _read_s3(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    data = storage.read_bytes(path)
-    header_bytes = int.from_bytes(data[:8], "little")
-    return safetensors.torch.load(data), json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+def _read(path: str, prefix: str = "") -> _Content:
+    """The tensors of a prefix, views of one piece of memory: safetensors would hold the file's bytes beside them.
+
+    `HostImage` sorts by width, then by name: what has a prefix lies together, and each at a multiple of its size.
+    """
+    system, inner = storage.filesystem(path)
+    with system.open_input_file(inner) as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > file.size():
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(start - 8))
+        metadata = header.pop("__metadata__")
+        wanted = {name: entry for name, entry in header.items() if name.startswith(prefix)}
+        offsets = [offset for entry in wanted.values() for offset in entry["data_offsets"]]
+        begin, end = min(offsets, default=0), max(offsets, default=0)
+        if start + end > file.size():
+            raise ValueError("its tensors are cut off")
+        data_N = torch.empty(end - begin, dtype=torch.uint8)
+        file.seek(start + begin)
+        for piece_N in data_N.split(_PIECE_BYTES):
+            file.readinto(piece_N.numpy())
+    tensors = {}
+    for name, entry in wanted.items():
+        first, last = (offset - begin for offset in entry["data_offsets"])
+        tensors[name] = data_N[first:last].view(_DTYPES_BY_NAME[entry["dtype"]]).view(entry["shape"])
+    return tensors, metadata
 
 
 def agreed_step(checkpoints: CheckpointFolder, gather: FeatureGather | None, device: torch.device) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rsplatform.model.gather import FeatureGather
 from rsplatform.model.mammut import Mammut, MammutOutput
+from rsplatform.train.deepspeed_config import deepspeed_config
 from rsplatform.train.engine import (
     FIRST_MOMENT,
     MODEL,
@@ -31,29 +32,6 @@ from rsplatform.train.freezing import is_in_parts, names_of_parts
 from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
-
-
-def deepspeed_config(
-    batch_size: int, config: OptimizerConfig, zero_stage: int, precision: Literal["float32", "bfloat16"] = "float32"
-) -> dict[str, Any]:
-    """DeepSpeed's own configuration, made from ours; `batch_size` is one process's."""
-    return {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,
-        # stage 0 keeps whole gradients, and DeepSpeed tells no norm of them: there we clip
-        "gradient_clipping": config.gradient_clip if zero_stage else 0.0,
-        "zero_optimization": {"stage": zero_stage},
-        # without it DeepSpeed turns torch.autocast off in its forward. The modules named here would send their weights
-        # and gradients in the lower precision: none, so that sums over processes stay float32 as in the other engines
-        "torch_autocast": {
-            "enabled": precision == "bfloat16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        },
-        # torch's AdamW: DeepSpeed's CPUAdam would compile C++ at run time
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
 
 
 class DeepSpeedEngine:
@@ -208,6 +186,31 @@ class DeepSpeedEngine:
         for group, partition in self._partitions:
             # all of a group were frozen and thawed together
             self._optimizer.state[partition]["step"].fill_(self._updates[self._group_names[group][0]])
+
+    def shards(self) -> dict[str, Tensor]:
+        """The weights, of which stage 3 has a part here: equal ones, flat, the last padded with zeros."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if self.keeps_model_whole:
+            return {name: parameter.detach() for name, parameter in self._named.items()}
+        return {name: safe_get_local_fp32_param(parameter) for name, parameter in self._named.items()}
+
+    def gathered(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, under stage 3 one after the other and in every process's host memory."""
+        if self.keeps_model_whole:
+            return dict(shards)
+        whole = {}
+        for name, shard in shards.items():
+            shape = _shape(self._named[name])
+            padded = shard if self.gather is None else self.gather.rows(shard)
+            whole[name] = padded[: shape.numel()].view(shape).cpu()
+        return whole
+
+    def cut(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The own part of each whole tensor; KeyError if one is missing."""
+        if self.keeps_model_whole:
+            return dict(whole)
+        return {name: self._own_slice(parameter, whole[name]) for name, parameter in self._named.items()}
 
     def _whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """A parameter (key None) or one of its moments, gathered from all shards."""

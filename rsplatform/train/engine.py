@@ -34,6 +34,8 @@ class Engine(Protocol):
 
     `backward` adds gradients; a step may have several, all but the last with `is_last=False`, so that gradients
     cross the network once a step. `step` returns the gradient's norm; where that is not finite, nothing is updated.
+    `shards`: what this process holds of each weight, all of it where nothing is sharded. `gathered` makes whole tensors
+    in host memory of others that are cut like them (a moving average), and `cut` is its inverse.
     """
 
     gather: FeatureGather | None
@@ -65,6 +67,12 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def shards(self) -> dict[str, Tensor]: ...
+
+    def gathered(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def cut(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 def mean_over_processes(values_K: Tensor, gather: FeatureGather | None) -> Tensor:
@@ -182,6 +190,18 @@ class PlainEngine:
         """What the parameter's optimizer keeps of it; nothing, kept nowhere, for one that was never to be trained."""
         optimizer = self._optimizer_of.get(parameter)
         return {} if optimizer is None else optimizer.state[parameter]
+
+    def shards(self) -> dict[str, Tensor]:
+        """The weights themselves, whole."""
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+
+    def gathered(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As they are: whole, where the weights are."""
+        return dict(shards)
+
+    def cut(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As they are."""
+        return dict(whole)
 
     def _average_gradients(self, gather: FeatureGather) -> None:
         """Written out instead of DDP: DDP rearranges its buckets after the first step, so that a resumed run of

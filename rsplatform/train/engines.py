@@ -7,28 +7,18 @@ process group.
 from rsplatform.cluster import TrainPlacement
 from rsplatform.model.mammut import Mammut
 from rsplatform.train.blocks import BlockConfig, prepare_blocks
-from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.loader import Share
 from rsplatform.train.recipe import PretrainConfig
 
 
 def make_engine(config: PretrainConfig, placement: TrainPlacement, model: Mammut, share: Share) -> Engine:
-    """The engine of one process; the model is moved to the process's device and changed in place.
-
-    Raises:
-        RecipeMismatchError: a moving average on an engine that shards the weights.
-    """
+    """The engine of one process; the model is moved to the process's device and changed in place."""
     if placement.gpus_per_worker > 0:
         model = model.to("cuda")
     prepare_blocks(model, BlockConfig(placement.recompute_every_blocks, placement.compile_blocks))
     if placement.engine == "plain":
         return PlainEngine(model, config.optimizer, gather_of_default_group())
-    if config.ema_decay is not None and (placement.engine == "fsdp" or placement.zero_stage == 3):
-        raise RecipeMismatchError(
-            "ema_decay averages whole weights, which fsdp and ZeRO stage 3 shard; "
-            "use the plain engine, deepspeed with zero_stage 2, or no EMA"
-        )
     # imported here: both take a while to import (DeepSpeed seconds), which plain runs should not pay
     if placement.engine == "fsdp":
         from rsplatform.train.fsdp import FsdpEngine

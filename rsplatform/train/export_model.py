@@ -15,7 +15,7 @@ from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, InputArtifact, StageConfig
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.openmammut_export import layout_config, save_openmammut
-from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, load_model
 from rsplatform.stage import finished, open_stage
 from rsplatform.train.model_card import INTENDED_USE, BenchmarkNumber, CardFacts, TrainingInput, model_card
 
@@ -55,7 +55,7 @@ def export_model(config: ExportModelConfig, cluster: Cluster) -> Artifact:
         for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
             storage.write_bytes(stage.artifact.path(f"model/{name}"), storage.read_bytes(source.path(f"model/{name}")))
         if config.openmammut:
-            _write_openmammut(embedder, stage.artifact)
+            _write_openmammut(source, stage.artifact)
         facts = _facts(config, cluster, embedder)
         card = model_card(facts)
         storage.write_bytes(stage.artifact.path(f"model/{CARD_FILE}"), card.encode())
@@ -65,13 +65,14 @@ def export_model(config: ExportModelConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def _write_openmammut(embedder: Embedder, artifact: Artifact) -> None:
+def _write_openmammut(source: Artifact, artifact: Artifact) -> None:
+    model, tokenizer = load_model(storage.local_folder(source.path("model")))  # in the dtype of its file
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_openmammut(folder / WEIGHTS_FILE, embedder.model)
-        layout = layout_config(embedder.model.config)
+        save_openmammut(folder / WEIGHTS_FILE, model)
+        layout = layout_config(model.config)
         (folder / CONFIG_FILE).write_text(json.dumps(layout, indent=2) + "\n", encoding="utf-8")
-        embedder.tokenizer.save(folder / TOKENIZER_FILE)
+        tokenizer.save(folder / TOKENIZER_FILE)
         storage.upload_folder(folder, artifact.path("openmammut"))
 
 

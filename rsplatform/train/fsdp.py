@@ -166,6 +166,18 @@ class FsdpEngine:
                     moments[key] = torch.zeros_like(parameter).copy_(_cut_like(parameter, tensors[prefix + name]))
                 self._optimizer.state[parameter] = moments
 
+    def shards(self) -> dict[str, Tensor]:
+        """The own part of each weight."""
+        return {name: _local(parameter.detach()) for name, parameter in self._shards().items()}
+
+    def gathered(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, one after the other, in every process's host memory."""
+        return {name: _whole(_placed_like(parameter, shards[name])).cpu() for name, parameter in self._shards().items()}
+
+    def cut(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The own part of each whole tensor; KeyError if one is missing."""
+        return {name: _local(_cut_like(parameter, whole[name])) for name, parameter in self._shards().items()}
+
     def _shards(self) -> dict[str, nn.Parameter]:
         """The sharded parameters. After a forward without backward (validation) the root is still collected."""
         self._root.reshard()
@@ -175,6 +187,18 @@ class FsdpEngine:
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor that the processes hold shards or partial norms of; a collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def _placed_like(parameter: Tensor, shard: Tensor) -> Tensor:
+    """The tensor that the processes' `shard`s are parts of, as `parameter`'s are."""
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(shard, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
 def _cut_like(shard: Tensor, whole: Tensor) -> Tensor:

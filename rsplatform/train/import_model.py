@@ -1,6 +1,7 @@
 """Front door `import_model`: weights in the openMaMMUT / open_clip layout and a tokenizer in, a model artifact out.
 
-What comes out is a model artifact like any other: `start_from` continues it, `evaluate` scores it. Downloads nothing.
+What comes out is a model artifact like any other: `start_from` continues it, `evaluate` scores it, both in float32;
+its own weights keep the file's dtype. Downloads nothing.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ def import_model(config: ImportModelConfig, cluster: Cluster) -> Artifact:
             storage.upload_folder(Path(folder), stage.artifact.path("model"))
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         stage.log({"parameters": num_parameters, "vocab_size": model.config.text.vocab_size})
-        stage.run.set_tags({"model_hash": Embedder(model, tokenizer).model_hash})
+        stage.run.set_tags({"model_hash": Embedder(model.float(), tokenizer).model_hash})  # as what embeds has it
         stage.counts = {"inputs": 1, "kept": 1, "dropped": {}}
     return stage.artifact
 

@@ -208,8 +208,7 @@ def export_model(job: WorkerJob) -> Progress:
     step = steps[-1]
     if keep_best is not None and keep_best.export == "best":
         step = keep_best.step(read_history(job.folder), steps) or step
-    tensors, progress = checkpoints.load(step)
-    model = model_of_checkpoint(job.config, job.root, tensors, checkpoints.uri)
+    model, progress = model_of_checkpoint(job.config, job.root, checkpoints, step)
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, load_tokenizer(job.folder))
         storage.upload_folder(Path(folder), f"{job.folder}/model")

@@ -154,7 +154,7 @@ def _text_rest(shape: SampleShape) -> float:
 class WorkerStep:
     """One worker's part of a step: `batch_size` own samples, on `layout.num_devices` workers together.
 
-    `keeps_average`: a moving average of the weights lies beside them.
+    `keeps_average`: a moving average of the weights lies beside them, sharded where they are.
     """
 
     shape: SampleShape
@@ -218,7 +218,8 @@ def held_bytes(worker: WorkerStep, *, is_split: bool) -> float:
     layout, numbers = worker.layout, worker.numbers
     whole = numbers.total * FLOAT32_BYTES
     total = state_bytes(layout, numbers, autocasts=worker.shape.precision == "bfloat16")
-    total += whole * worker.keeps_average
+    shares = layout.devices_per_copy if layout.engine in ("zero3", "fsdp") else 1
+    total += whole / shares * worker.keeps_average
     if layout.engine in ("zero1", "zero2", "zero3"):
         total += whole / layout.devices_per_copy + DEEPSPEED_BUCKET_NUMBERS * FLOAT32_BYTES
     if is_split:  # of what runs in both passes, the first pass's gradients wait beside those of earlier pieces

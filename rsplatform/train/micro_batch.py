@@ -77,13 +77,10 @@ def _alternatives(worker: WorkerStep) -> Iterator[tuple[str, WorkerStep]]:
     if worker.layout.num_devices == 1:
         return
     engines: dict[str, Layout] = {
-        "cluster.train.engine=deepspeed cluster.train.zero_stage=2": Layout("zero2", worker.layout.num_devices)
+        "cluster.train.engine=deepspeed cluster.train.zero_stage=2": Layout("zero2", worker.layout.num_devices),
+        "cluster.train.engine=deepspeed cluster.train.zero_stage=3": Layout("zero3", worker.layout.num_devices),
+        "cluster.train.engine=fsdp": Layout("fsdp", worker.layout.num_devices),
     }
-    if not worker.keeps_average:  # it averages whole weights
-        engines["cluster.train.engine=deepspeed cluster.train.zero_stage=3"] = Layout(
-            "zero3", worker.layout.num_devices
-        )
-        engines["cluster.train.engine=fsdp"] = Layout("fsdp", worker.layout.num_devices)
     for words, layout in engines.items():
         yield words, replace(worker, layout=layout)
         yield f"{words} cluster.train.recompute_every_blocks=1", replace(recomputing, layout=layout)

@@ -185,26 +185,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's parameters, in float32 beside them.
+    """Exponential moving average of an engine's shards of the weights, in float32 (or wider, as they are) beside them.
 
     `ramps`: the nth update decays by no more than (1 + n) / (10 + n), as TensorFlow's ExponentialMovingAverage with
     `num_updates` does: a short run's average is not one of its first weights. Without, by `decay` from the start.
     """
 
-    def __init__(self, model: nn.Module, decay: float, *, ramps: bool = True) -> None:
+    def __init__(self, shards: Mapping[str, Tensor], decay: float, *, ramps: bool = True) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"ema_decay {decay} is not in (0, 1)")
         self.decay, self.ramps = decay, ramps
-        self.tensors = {name: value.detach().float().clone() for name, value in model.named_parameters()}
+        self.tensors = {name: value.detach().to(_at_least_float32(value), copy=True) for name, value in shards.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, num_updates: int) -> None:
-        """Move the average towards the model's present weights, after `num_updates` such moves before."""
+    def update(self, shards: Mapping[str, Tensor], num_updates: int) -> None:
+        """Move the average towards the present weights, after `num_updates` such moves before."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates)) if self.ramps else self.decay
-        for name, value in model.named_parameters():
-            self.tensors[name].lerp_(value.detach().float(), 1.0 - decay)
+        for name, average in self.tensors.items():
+            average.lerp_(shards[name].to(average.dtype), 1.0 - decay)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the average by a stored one."""
         for name, value in self.tensors.items():
             value.copy_(tensors[name])
+
+
+def _at_least_float32(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)

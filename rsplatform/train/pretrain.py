@@ -122,11 +122,10 @@ def fit(
     Raises:
         TrainingDivergedError: more steps in a row than `config.guard` lets pass had to be skipped.
         DamagedDataError: more pictures than `config.guard` lets pass could not be decoded.
-        ValueError: an auxiliary loss or a moving average on an engine that shards the weights, or an auxiliary
-            loss with micro-batches.
+        ValueError: an auxiliary loss on an engine that shards the weights, or with micro-batches.
     """
-    _check_engine(engine, config, hooks)
-    averaged = AveragedWeights(engine.model, config.ema_decay, ramps=config.ema_ramps) if config.ema_decay else None
+    _check_engine(engine, hooks)
+    averaged = AveragedWeights(engine.shards(), config.ema_decay, ramps=config.ema_ramps) if config.ema_decay else None
     progress, resume = _restore(engine, averaged, resume) if resume else Progress(), None
     world_size = engine.gather.world_size if engine.gather else 1
     devices = Devices(world_size, engine.device, config.peak_tflops)
@@ -144,7 +143,7 @@ def fit(
             rate = learning_rate(progress.step)
             outcome = _take_step(engine, batch, progress, Plan(config, hooks.auxiliary_loss, rate, votes))
             if averaged and outcome.values:
-                averaged.update(engine.model, progress.step - outcome.guard.skipped_steps)
+                averaged.update(engine.shards(), progress.step - outcome.guard.skipped_steps)
             window.add(outcome.values, len(batch.sample_ids) * world_size, data_wait_s, batch.images_BHWC.shape[1])
             progress = _advance(progress, time.perf_counter() - started, config, outcome)
             is_last = progress.step == config.num_steps or bool(progress.stopped)
@@ -207,19 +206,15 @@ def _take_step(engine: Engine, batch: Batch, progress: Progress, plan: Plan) -> 
     return Outcome(values, guard.after_accepted(seen, values["loss"], config.guard), stops, saves)
 
 
-def _check_engine(engine: Engine, config: LoopConfig, hooks: Hooks) -> None:
-    if engine.keeps_model_whole:
-        return
-    name = type(engine).__name__
-    if hooks.auxiliary_loss:
+def _check_engine(engine: Engine, hooks: Hooks) -> None:
+    if hooks.auxiliary_loss and not engine.keeps_model_whole:
+        name = type(engine).__name__
         raise ValueError(f"an auxiliary loss runs the module itself, which {name} shards: use PlainEngine")
-    if config.ema_decay:
-        raise ValueError(f"ema_decay averages whole weights, which {name} shards: use the plain engine or no EMA")
 
 
 def full_state(engine: Engine, averaged: AveragedWeights | None) -> dict[str, Tensor]:
-    """Weights, moments and moving average, by name: what a checkpoint holds beside the progress."""
-    extra = {EMA + name: value for name, value in averaged.tensors.items()} if averaged else {}
+    """Weights, moments and moving average, whole and by name: what a checkpoint holds beside the progress."""
+    extra = {EMA + name: value for name, value in engine.gathered(averaged.tensors).items()} if averaged else {}
     return engine.state() | extra
 
 
@@ -227,7 +222,7 @@ def _restore(engine: Engine, averaged: AveragedWeights | None, resume: Resume) -
     tensors, progress = resume
     engine.load_state(tensors)
     if averaged:
-        averaged.load({name.removeprefix(EMA): tensors[name] for name in tensors if name.startswith(EMA)})
+        averaged.load(engine.cut({name.removeprefix(EMA): tensors[name] for name in tensors if name.startswith(EMA)}))
     return progress
 
 

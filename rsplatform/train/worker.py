@@ -25,7 +25,7 @@ from rsplatform.model.state import model_from_tensors
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE, load_model
 from rsplatform.train.allocator import keep_freed_memory
-from rsplatform.train.checkpoint import BackgroundWriter, HostImage, agreed_step
+from rsplatform.train.checkpoint import BackgroundWriter, CheckpointFolder, HostImage, agreed_step
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.engine import MODEL, Engine, gather_of_default_group
 from rsplatform.train.engines import make_engine
@@ -114,26 +114,36 @@ def _what_the_place_makes_of_it(job: WorkerJob, engine: Engine, micro_batch: int
 
 
 def initial_model(config: PretrainConfig, root: str) -> Mammut:
-    """The model before its first step: seeded, or the weights of the artifact that `start_from` names."""
+    """The model before its first step, in float32: seeded, or the weights of the artifact that `start_from` names.
+
+    Moments have their weights' dtype, and steps are smaller than a bfloat16 weight's next neighbour is far.
+    """
     if config.start_from is not None:
         model, _ = load_model(storage.local_folder(f"{root}/{config.start_from}/model"))
-        return model.train()
+        return model.float().train()
     assert config.model is not None, "the recipe's validator demands one of model and start_from"
     torch.manual_seed(config.seed)
     return Mammut(config.model.mammut_config())
 
 
-def model_of_checkpoint(config: PretrainConfig, root: str, tensors: Mapping[str, torch.Tensor], source: str) -> Mammut:
-    """The model that a checkpoint would be exported as, in eval mode; `source` is its place, for errors.
+def model_of_checkpoint(
+    config: PretrainConfig, root: str, checkpoints: CheckpointFolder, step: int
+) -> tuple[Mammut, Progress]:
+    """The model that a checkpoint would be exported as, in eval mode, and where it stood. It needs the file no more.
 
     Its weights are their moving average if there is one. Its own image size is the last phase's: the size that the
     finished model's weights were last trained at, so that numbers of one run's checkpoints compare.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        OSError: there is no checkpoint of that step, or there is none any more.
     """
     prefix = EMA if config.ema_decay is not None else MODEL
-    weights = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-    architecture = initial_model(config, root).config
-    model = model_from_tensors(architecture, weights, source)
-    return with_image_size(model, config.curriculum.image_sizes(architecture)[-1])
+    tensors, progress = checkpoints.read(step, prefix)
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    architecture = config.architecture(root)
+    model = model_from_tensors(architecture, weights, f"{checkpoints.uri}, step {step}")
+    return with_image_size(model, config.curriculum.image_sizes(architecture)[-1]), progress
 
 
 def load_tokenizer(folder: str) -> Tokenizer:

@@ -1,5 +1,6 @@
-"""Parity of DeepSpeed in float32: the same losses, gradients and weights on one, two and four processes and under every
-ZeRO stage as of one plain process; checkpoints cross over. (Plain processes and FSDP2 in float64: test_fsdp.py.)
+"""Parity of DeepSpeed in float32: the same losses, gradients, weights and moving average on one, two and four processes
+and under every ZeRO stage as of one plain process; checkpoints cross over. (Plain processes and FSDP2 in float64:
+test_fsdp.py.)
 """
 
 from pathlib import Path
@@ -54,7 +55,7 @@ def train(kind: str, loss: LossConfig, kind_after: str | None = None) -> dict[st
     hooks = Hooks(report, save, wants_checkpoint=lambda: len(losses) == 1)
     halves = [kind, kind_after] if kind_after else [kind]
     for half, name in enumerate(halves, 1):
-        config = LoopConfig(NUM_STEPS * half // len(halves), seed=3, loss=loss, report_every_steps=1)
+        config = LoopConfig(NUM_STEPS * half // len(halves), 3, loss, ema_decay=0.8, report_every_steps=1)
         fit(make_engine(name, loss), tiny_loader(share).batches, lambda step: 1e-3, config, hooks, *saved)
     return saved[0][0] | gradients | {"losses": torch.tensor([losses[step] for step in sorted(losses)])}
 

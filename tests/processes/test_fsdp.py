@@ -16,8 +16,8 @@ from rsplatform.model.mammut import Mammut
 from rsplatform.train.engine import FIRST_MOMENT, Engine, PlainEngine, gather_of_default_group
 from rsplatform.train.fsdp import FsdpEngine
 from rsplatform.train.loader import Share
-from rsplatform.train.optimizer import OptimizerConfig
-from rsplatform.train.pretrain import Hooks, LoopConfig, fit
+from rsplatform.train.optimizer import AveragedWeights, OptimizerConfig
+from rsplatform.train.pretrain import EMA, Hooks, LoopConfig, fit, full_state
 from rsplatform.train.step import StepConfig
 from rsplatform.train.validate import validation_losses
 from tests.processes.process_group import run_processes
@@ -101,21 +101,25 @@ def one_step(engine: Engine, step: int, loss: LossConfig) -> torch.Tensor:
 
 
 def train(kind: str, case: Case = CASES["softmax"], end: int = NUM_STEPS, given: State | None = None) -> State:
-    """The state at `end`, from step 0 or from a given state, and under "rows" what each step gave.
+    """The state at `end` with its moving average, from step 0 or from a given state; under "rows" what each step gave.
 
     From step 0 also under "gradient/" each parameter's gradient in it, clipped: its first moment, by 1 - beta1.
     """
     engine = make_engine(kind, case)
+    averaged = AveragedWeights(engine.shards(), 0.8)
     if given is not None:
         engine.load_state(given)
+        averaged.load(engine.cut({name.removeprefix(EMA): given[name] for name in given if name.startswith(EMA)}))
     start = 0 if given is None else int(given["num_steps"])
     rows, gradients = [], {}
     for step in range(start, end):
         rows.append(one_step(engine, step, case.loss))
+        averaged.update(engine.shards(), step)
         if step == 0:
             moments = {name: value for name, value in engine.state().items() if name.startswith(FIRST_MOMENT)}
             gradients = {f"gradient/{name}": value / (1 - OPTIMIZER.betas[0]) for name, value in moments.items()}
-    return {name: value.clone() for name, value in engine.state().items()} | gradients | {"rows": torch.stack(rows)}
+    state = {name: value.clone() for name, value in full_state(engine, averaged).items()}
+    return state | gradients | {"rows": torch.stack(rows)}
 
 
 def assert_same(actual: State, expected: State, tolerance: float = TOLERANCE) -> None:
@@ -172,7 +176,7 @@ def assert_the_loop_equals() -> None:
             save=lambda tensors, progress, saved=saved: saved.update(tensors),
             validate=lambda engine=engine: validation_losses(engine, tiny_loader().batches, 2, StepConfig()),
         )
-        config = LoopConfig(3, report_every_steps=1, validate_every_steps=1)
+        config = LoopConfig(3, ema_decay=0.8, report_every_steps=1, validate_every_steps=1)
         fit(engine, tiny_loader(share).batches, lambda step: 1e-3, config, hooks)
         names = ("loss", "gradient_norm", "val_loss", "val_caption", "val_contrastive")
         values = [row[name] for row in reported for name in names if name in row]
@@ -212,8 +216,6 @@ def assert_refused() -> None:
 
     engine = FsdpEngine(tiny_model(), OPTIMIZER)
     hooks = Hooks(lambda metrics, step: None, lambda tensors, progress: None)
-    with pytest.raises(ValueError, match="ema_decay averages whole weights, which FsdpEngine shards"):
-        fit(*arguments(engine), LoopConfig(1, ema_decay=0.5), hooks)
     auxiliary = Hooks(hooks.report, hooks.save, auxiliary_loss=lambda model, step: (torch.zeros(()), {}))
     with pytest.raises(ValueError, match="auxiliary loss runs the module itself, which FsdpEngine shards"):
         fit(*arguments(engine), LoopConfig(1), auxiliary)

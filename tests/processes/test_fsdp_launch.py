@@ -1,15 +1,13 @@
-"""The front door with `engine: fsdp` in this process: the plain engine's model, and what it refuses.
+"""The front door with `engine: fsdp` in this process: the plain engine's model, also as a moving average.
 
 Apart from test_fsdp.py because the processes that start there would import the launcher, which takes seconds.
 """
 
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 
 from rsplatform.cluster import Cluster, TrainPlacement
-from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.launch import pretrain
 from rsplatform.train.recipe import PretrainConfig
 from tests.processes.test_fsdp import assert_same
@@ -21,10 +19,8 @@ def test_the_front_door_trains_with_fsdp(tmp_path: Path) -> None:
     fsdp = TrainPlacement(launcher="local", engine="fsdp")
     weights = []
     for placement in (TrainPlacement(launcher="local"), fsdp):
-        recipe = PretrainConfig(**tiny_recipe(output=f"model/{placement.engine}/v1", optimizer={"eps": 1e-4}))
+        changes = {"output": f"model/{placement.engine}/v1", "optimizer": {"eps": 1e-4}, "ema_decay": 0.5}
+        recipe = PretrainConfig(**tiny_recipe(**changes))
         artifact = pretrain(recipe, Cluster(root=str(tmp_path), train=placement))
         weights.append(load_file(Path(artifact.uri) / "model" / "model.safetensors"))
     assert_same(weights[1], weights[0], 1e-5)
-    averaged = PretrainConfig(**tiny_recipe(output="model/averaged/v1", ema_decay=0.5))
-    with pytest.raises(RecipeMismatchError, match="ema_decay averages whole weights"):
-        pretrain(averaged, Cluster(root=str(tmp_path), train=fsdp))

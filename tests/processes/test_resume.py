@@ -51,11 +51,11 @@ def server() -> ForkServerContext:
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("root"))
     make_tiny_dataset(folder)
-    prepare_tokenizer(make_recipe("plain"), Cluster(root=folder), f"{folder}/made")
+    prepare_tokenizer(make_recipe(), Cluster(root=folder), f"{folder}/made")
     return folder
 
 
-def make_recipe(engine: str, **changes) -> PretrainConfig:
+def make_recipe(**changes) -> PretrainConfig:
     """Random draws in the model, in the pictures and in the captions; the best model is kept."""
     schedule = {"learning_rate": 1e-3, "warmup_steps": 2}
     recipe = {
@@ -64,7 +64,7 @@ def make_recipe(engine: str, **changes) -> PretrainConfig:
             {"name": "web", "steps": 3, "schedule": schedule, "mixture": {"web_pairs": 1.0}},
             {"name": "mix", "steps": 3, "schedule": schedule},
         ],
-        "ema_decay": None if engine in ("fsdp", "zero3") else 0.8,
+        "ema_decay": 0.8,
         "report_every_steps": 1,
         "validate_every_steps": 4,
         "keep_checkpoints": 1,
@@ -74,7 +74,7 @@ def make_recipe(engine: str, **changes) -> PretrainConfig:
 
 
 def make_job(root: str, engine: str, folder: Path, **changes) -> WorkerJob:
-    config = make_recipe(engine, tokenizer=f"{root}/made/tokenizer/tokenizer.json", **changes)
+    config = make_recipe(tokenizer=f"{root}/made/tokenizer/tokenizer.json", **changes)
     prepare_tokenizer(config, Cluster(root=root), str(folder))
     return WorkerJob(config, root, str(folder), placement_of(engine))
 
@@ -184,7 +184,7 @@ def test_other_numbers_of_processes_see_the_same_samples(
     Not bitwise: they add in another order. What is drawn for a sample is the same everywhere.
     """
     # eps well above rounding: Adam would blow up the rounding in gradients that are zero (a key's bias)
-    changes = {"optimizer": {"eps": 1e-4}, "ema_decay": make_recipe(engine).ema_decay}
+    changes = {"optimizer": {"eps": 1e-4}}
     single = Run(server, make_job(root, "plain", tmp_path / "single", **changes))
     assert not single.start(world_size=1)
     run = Run(server, make_job(root, engine, tmp_path / "run", **changes))
@@ -209,7 +209,7 @@ def test_a_driver_lost_at_the_end_is_resumed_by_the_same_command(
     cluster = Cluster(root=root, train=placement_of(engine))
 
     def drive(name: str, kill: Kill | None) -> Artifact:
-        config, log = make_recipe(engine, output=f"model/{engine}_{name}/v1"), tmp_path / f"{name}.log"
+        config, log = make_recipe(output=f"model/{engine}_{name}/v1"), tmp_path / f"{name}.log"
         driver = server.Process(target=pretrain_until_killed, args=(config, cluster, kill, log))
         driver.start()
         driver.join(PATIENCE_S)

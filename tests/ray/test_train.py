@@ -92,8 +92,9 @@ def test_a_divergence_is_not_retried(cluster: Cluster) -> None:
 
 
 def test_a_recipe_that_does_not_fit_is_not_retried(cluster: Cluster) -> None:
-    with pytest.raises(RecipeMismatchError, match="^ema_decay averages whole weights"):
-        train(cluster, "odd", TrainPlacement(engine="fsdp", max_failures=3), ema_decay=0.5)
+    phase = {"name": "odd", "steps": 8, "schedule": {"learning_rate": 1e-3}, "mixture": {"elsewhere": 1.0}}
+    with pytest.raises(RecipeMismatchError, match="^phase odd: mixture names elsewhere"):
+        train(cluster, "odd", TrainPlacement(max_failures=3), phases=[phase])
 
 
 def test_a_workers_error_of_ours_is_found_in_rays(cluster: Cluster) -> None:

@@ -14,6 +14,7 @@ from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster, FollowPlacement, TrainPlacement
 from rsplatform.config import ConfigError, validate
 from rsplatform.dataset.store import SampleStore
+from rsplatform.evaluate import follow as follow_module
 from rsplatform.evaluate.follow import FollowConfig, FollowError, follow, next_step
 from rsplatform.evaluate.run import EvaluateConfig, evaluate
 from rsplatform.model.embedder import Embedder
@@ -112,15 +113,15 @@ def test_the_numbers_stand_in_the_trainings_own_run(followed: Artifact, trained:
 def test_a_follow_that_broke_goes_on_and_repeats_nothing(
     trained: Artifact, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, load = config(trained.ref, "evaluation_curve/broken/v1"), CheckpointFolder.load
+    recipe, read = config(trained.ref, "evaluation_curve/broken/v1"), CheckpointFolder.read
 
-    def load_or_break(self: CheckpointFolder, step: int):
+    def read_or_break(self: CheckpointFolder, step: int, prefix: str):
         if step == 6:
             raise OSError("the disk is gone")
-        return load(self, step)
+        return read(self, step, prefix)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointFolder, "load", load_or_break)
+        patch.setattr(CheckpointFolder, "read", read_or_break)
         with pytest.raises(OSError, match="disk"):
             follow(recipe, cluster)
     half = scores(Artifact(cluster.root, recipe.output))
@@ -132,15 +133,37 @@ def test_a_follow_that_broke_goes_on_and_repeats_nothing(
 
 
 def test_a_checkpoint_that_is_pruned_meanwhile_is_left_out(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, load = train(cluster, "pruned"), CheckpointFolder.load
+    trained, read = train(cluster, "pruned"), CheckpointFolder.read
 
-    def prune_then_load(self: CheckpointFolder, step: int):
+    def prune_then_read(self: CheckpointFolder, step: int, prefix: str):
         if step == 4:
             (Path(self.uri) / "step_00000004.safetensors").unlink()
-        return load(self, step)
+        return read(self, step, prefix)
 
-    monkeypatch.setattr(CheckpointFolder, "load", prune_then_load)
+    monkeypatch.setattr(CheckpointFolder, "read", prune_then_read)
     assert list(scores(follow(config(trained.ref, "evaluation_curve/pruned/v1"), cluster))) == [2, 6, 8]
+
+
+def test_a_checkpoint_that_is_lost_while_it_is_scored_is_scored_all_the_same(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes go, as those of a mapped file do where a network disk takes them away."""
+    trained = train(cluster, "lost", ema_decay=0.5)
+    files = sorted((Path(trained.uri) / "checkpoints").iterdir())
+    expected = {step: recalls_of(trained, step) for step in (2, 4, 6, 8)}
+    model_of_checkpoint = follow_module.model_of_checkpoint
+
+    def lose_after_reading(recipe: PretrainConfig, root: str, checkpoints: CheckpointFolder, step: int):
+        model = model_of_checkpoint(recipe, root, checkpoints, step)
+        with files[step // 2 - 1].open("r+b") as file:
+            file.write(b"\0" * files[step // 2 - 1].stat().st_size)
+        return model
+
+    monkeypatch.setattr(follow_module, "model_of_checkpoint", lose_after_reading)
+    found = scores(follow(config(trained.ref, "evaluation_curve/lost/v1"), cluster))
+    assert {step: {name: row["benchmarks"]["val"][name] for name in expected[step]} for step, row in found.items()} == (
+        expected
+    )
 
 
 def test_what_the_training_keeps_is_scored_however_late(cluster: Cluster) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from rsplatform import storage
 from rsplatform.cluster import TrainPlacement
-from rsplatform.train.checkpoint import BackgroundWriter, HostImage, KeepBest
+from rsplatform.train.checkpoint import BackgroundWriter, CheckpointError, CheckpointFolder, HostImage, KeepBest
 from rsplatform.train.job import WorkerJob
 from rsplatform.train.pretrain import Progress
 from rsplatform.train.recipe import PretrainConfig
@@ -41,6 +41,37 @@ def test_a_host_image_is_a_safetensors_file_and_a_copy() -> None:
     for name, value in expected.items():
         assert read[name].dtype == value.dtype
         assert torch.equal(read[name], value), name
+
+
+def test_what_is_read_is_one_copy_of_what_was_asked_for(tmp_path: Path) -> None:
+    folder, state = CheckpointFolder(str(tmp_path)), mixed_state()
+    state |= {name: torch.full((3, 2), float(number)) for number, name in enumerate(("ema/x", "model/x", "model/y"))}
+    folder.save(state, Progress(4))
+    path = tmp_path / "step_00000004.safetensors"
+    for prefix in ("", "b/", "nothing/", "model/"):
+        read, progress = folder.read(4, prefix)
+        assert progress.step == 4
+        assert read.keys() == {name for name in state if name.startswith(prefix)}
+        assert all(read[name].dtype == state[name].dtype and torch.equal(read[name], state[name]) for name in read)
+        storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in read.values()}
+        assert len(storages) == bool(read)
+    assert list(storages.values()) == [2 * 6 * 4], "no bytes but the model's"
+    with path.open("r+b") as file:  # what is read needs the file no more
+        file.write(b"\0" * path.stat().st_size)
+    assert all(torch.equal(value, state[name]) for name, value in read.items())
+
+
+def test_a_damaged_file_is_named_however_it_is_read(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path))
+    folder.save(mixed_state(), Progress(4))
+    path = tmp_path / "step_00000004.safetensors"
+    whole = path.read_bytes()
+    lying = whole.replace(b'"shape": [3, 5]', b'"shape": [3, 6]', 1)
+    for damaged in (b"", whole[:40], whole[:-1], b"\xff" * len(whole), lying):
+        path.write_bytes(damaged)
+        for read in (lambda: folder.read(4, ""), lambda: folder.load(4)):
+            with pytest.raises(CheckpointError, match="step_00000004.safetensors: not a readable checkpoint"):
+                read()
 
 
 def test_the_caller_goes_on_while_the_bytes_are_written_one_piece_at_a_time() -> None:

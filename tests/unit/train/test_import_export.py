@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +17,8 @@ from rsplatform.config import ConfigError
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.openmammut import load_openmammut
 from rsplatform.model.state import WeightsError
+from rsplatform.tracking import tracking_uri
+from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.curriculum import RecipeMismatchError
 from rsplatform.train.export_model import ExportModelConfig, export_model
 from rsplatform.train.import_model import ImportModelConfig, import_model
@@ -122,6 +125,32 @@ def test_a_model_goes_out_bit_equal_in_both_layouts(cluster: Cluster, imported: 
         folder / "openmammut/model.safetensors", json.loads((folder / "openmammut/config.json").read_text())
     )
     assert torch.equal(beside.log_logit_scale, source.model.log_logit_scale)
+
+
+def test_half_precision_weights_train_and_embed_in_float32_and_go_out_as_they_came(
+    cluster: Cluster, conformance: Path, tmp_path: Path
+) -> None:
+    with safe_open(conformance, framework="pt") as file:
+        metadata = file.metadata()
+    layout = {name: value.bfloat16() for name, value in load_file(conformance).items() if not name.startswith("io.")}
+    save_file(layout, tmp_path / "half.safetensors", metadata)
+    half = {"output": "model/half/v1", "weights": str(tmp_path / "half.safetensors"), "tokenizer": TOKENIZER}
+    imported = import_model(ImportModelConfig.model_validate(half), cluster)
+    embedder = Embedder.load(Path(imported.uri) / "model")
+    assert {value.dtype for value in embedder.model.state_dict().values()} == {torch.float32}
+    tags = MlflowClient(tracking_uri(cluster.root)).get_run(imported.manifest()["mlflow_run_id"]).data.tags
+    assert tags["model_hash"] == embedder.model_hash
+    recipe = tiny_recipe(output="model/half_continued/v1", model=None, start_from=imported.ref)
+    continued = pretrain(PretrainConfig(**recipe), cluster)
+    tensors, _ = CheckpointFolder(f"{continued.uri}/checkpoints").load(8)
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    exported = ExportModelConfig(output="export/half/v1", model=imported.ref, openmammut=True)
+    folder = Path(export_model(exported, cluster).uri)
+    back = load_file(folder / "openmammut" / "model.safetensors")
+    assert {name: value.dtype for name, value in back.items()} == dict.fromkeys(layout, torch.bfloat16)
+    assert all(torch.equal(back[name], value) for name, value in layout.items())
+    weights = [path / "model" / "model.safetensors" for path in (folder, Path(imported.uri))]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(cluster: Cluster) -> None:

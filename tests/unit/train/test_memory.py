@@ -158,6 +158,9 @@ def test_what_is_sharded_or_recomputed_makes_room() -> None:
     assert split - whole == pytest.approx(4 * (plain.numbers.total * 63 / 64 + waiting))
     averaging = held_bytes(replace(plain, keeps_average=True), is_split=False)
     assert averaging - held_bytes(plain, is_split=False) == 4 * plain.numbers.total
+    sharded = replace(plain, layout=Layout("fsdp", 64))
+    averaging = held_bytes(replace(sharded, keeps_average=True), is_split=False)
+    assert averaging - held_bytes(sharded, is_split=False) == pytest.approx(4 * plain.numbers.total / 64)
     assert held_bytes(plain, is_split=False) == state_bytes(Layout("plain", 4), plain.numbers, autocasts=True)
 
 
@@ -166,10 +169,9 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         fitting_micro_batch_size(replace(paper_step(), layout=Layout("plain", 64)), 15)
     with pytest.raises(RecipeMismatchError, match="take cards with more memory"):
         fitting_micro_batch_size(replace(paper_step(), layout=Layout("plain", 1)), 8)
-    sharding = replace(paper_step(keeps_average=True), layout=Layout("plain", 64))
-    with pytest.raises(RecipeMismatchError) as refused:
-        fitting_micro_batch_size(sharding, 15)
-    assert "fsdp" not in str(refused.value), "a moving average needs whole weights"
+    averaging = replace(paper_step(keeps_average=True), layout=Layout("plain", 64))
+    with pytest.raises(RecipeMismatchError, match=r"engine=fsdp \("):
+        fitting_micro_batch_size(averaging, 15)
 
 
 def test_a_recipe_takes_the_card_of_its_place_and_its_own_number_first() -> None:

@@ -100,10 +100,10 @@ def test_the_moving_average_is_the_weighted_sum_of_the_past() -> None:
     values = [3.0, 5.0, -1.0]
     with torch.no_grad():
         model.weight.fill_(2.0)
-        averaged = AveragedWeights(model, 0.9, ramps=False)
+        averaged = AveragedWeights(dict(model.named_parameters()), 0.9, ramps=False)
         for number, value in enumerate(values):
             model.weight.fill_(value)
-            averaged.update(model, number)
+            averaged.update(dict(model.named_parameters()), number)
     expected = 2.0 * 0.9**3 + sum(value * 0.1 * 0.9 ** (2 - index) for index, value in enumerate(values))
     assert averaged.tensors["weight"].item() == pytest.approx(expected)
 
@@ -112,16 +112,16 @@ def test_a_short_runs_average_has_forgotten_the_first_weights() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(1.0)
-        averaged, left = AveragedWeights(model, 0.999), 1.0
+        averaged, left = AveragedWeights(dict(model.named_parameters()), 0.999), 1.0
         model.weight.fill_(0.0)
         for number in range(500):
-            averaged.update(model, number)
+            averaged.update(dict(model.named_parameters()), number)
             left *= min(0.999, (1 + number) / (10 + number))
             assert averaged.tensors["weight"].item() == pytest.approx(left)
     assert left < 1e-6
     with torch.no_grad():
         model.weight.fill_(1.0)
-        averaged.update(model, 10**6)
+        averaged.update(dict(model.named_parameters()), 10**6)
     assert averaged.tensors["weight"].item() == pytest.approx(0.001, rel=1e-3)
 
 
