@@ -5,4 +5,9 @@ from rsplatform.cli import run_job
 from rsplatform.evaluate.follow import FollowConfig, follow
 
 if __name__ == "__main__":
-    run_job("follow", FollowConfig, follow, "configs/follow/world.yaml cluster/local.yaml every_steps=100")
+    run_job(
+        "follow",
+        FollowConfig,
+        follow,
+        "configs/follow/world.yaml cluster/local.yaml output=evaluation_curve/often/v1 every_steps=100",
+    )

@@ -5,4 +5,9 @@ from rsplatform.cli import run_job
 from rsplatform.localize.run import LocalizeConfig, localize
 
 if __name__ == "__main__":
-    run_job("localize", LocalizeConfig, localize, "configs/localize/world.yaml cluster/local.yaml window=5")
+    run_job(
+        "localize",
+        LocalizeConfig,
+        localize,
+        "configs/localize/world.yaml cluster/local.yaml output=localization/wide/v1 window=5",
+    )

@@ -6,4 +6,9 @@ from rsplatform.train.launch import pretrain
 from rsplatform.train.recipe import PretrainConfig
 
 if __name__ == "__main__":
-    run_job("pretrain", PretrainConfig, pretrain, "configs/pretrain/world.yaml cluster/local.yaml batch_size=64")
+    run_job(
+        "pretrain",
+        PretrainConfig,
+        pretrain,
+        "configs/pretrain/world.yaml cluster/local.yaml output=model/longer/v1 phases.1.steps=1000",
+    )

@@ -161,6 +161,8 @@ def _scores(name: str, scores: Mapping[str, Any], facts: Mapping[str, Any]) -> l
     else:
         text = f"mIoU raw {scores['raw_miou']:.1f} → smooth {scores['smooth_miou']:.1f}"
         text += f" → self-trained {after['smooth_miou']:.1f} %" if after else " %"
+        if "nearest_colour_miou" in scores:
+            text += f" (nearest colour {scores['nearest_colour_miou']:.1f} %)"
     if after and "mean_recall" in scores:
         text += f"; self-trained {after['mean_recall']:.1f} %"
     return [f"  {name:<10} {text}  [{scores['pin']}]"]

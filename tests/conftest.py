@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from rsplatform import tracking
+from tests.skips import SkipsAreFailures
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -73,6 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("any_machine")
     if hasattr(config, "workerinput"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
+    if os.environ.get("CI"):
+        config.pluginmanager.register(SkipsAreFailures())
     gc.disable()  # while the tests' modules and all that they import are read: nothing of it becomes garbage
 
 
@@ -80,23 +83,3 @@ def pytest_collection_finish() -> None:
     """The million objects of the imported libraries stay, so that no later collection walks through them."""
     gc.freeze()
     gc.enable()
-
-
-# In CI nothing else may be skipped: a test that cannot run there is a failure of the setup.
-ALLOWED_SKIPS = ("no real data", "no GPU")
-_forbidden_skips: list[str] = []
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember skips that CI does not allow."""
-    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
-        reason = str(report.longrepr[2])
-        if not any(allowed in reason for allowed in ALLOWED_SKIPS):
-            _forbidden_skips.append(f"{report.nodeid}: {reason}")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Turn forbidden skips into a failure where CI is set; pytest-xdist's first process hears of all of them."""
-    if os.environ.get("CI") and _forbidden_skips:
-        print("\nskipped in CI, which only absent real data or a GPU may do:", *_forbidden_skips, sep="\n  ")
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -71,7 +71,8 @@ class Segmentation(Config):
     """Pictures and masks whose paths differ by replacements. Class 0 is the background; other values are ignored.
 
     Pictures are resampled to `model_ground_sample_distance_m` before the model sees them; without georeference
-    their own scale is `image_ground_sample_distance_m`.
+    their own scale is `image_ground_sample_distance_m`. `nearest_colour_from` names other pictures with masks, whose
+    colours alone are a baseline (nearest_colour.py).
     """
 
     type: Literal["segmentation"] = "segmentation"
@@ -83,6 +84,7 @@ class Segmentation(Config):
     model_ground_sample_distance_m: float = Field(gt=0)
     image_ground_sample_distance_m: float | None = Field(default=None, gt=0)
     max_images: int | None = Field(default=None, ge=1)
+    nearest_colour_from: str | None = None
 
 
 Benchmark = Annotated[

@@ -35,6 +35,7 @@ from rsplatform.evaluate.benchmarks import (
 )
 from rsplatform.evaluate.classification import zero_shot_accuracy
 from rsplatform.evaluate.files import squares
+from rsplatform.evaluate.nearest_colour import NearestColour
 from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
 from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.window import SmoothWindow
@@ -156,11 +157,13 @@ def _classification(
 def _segmentation(
     benchmark: Segmentation, window: int, cluster: Cluster, embedder: Embedder, log_picture: LogPicture
 ) -> dict[str, Any]:
-    """mIoU raw (window 1) and smooth on the same pictures, same head, upsampling and argmax over the prompts."""
+    """mIoU raw (window 1) and smooth on the same pictures, same head, upsampling and argmax over the prompts; and what
+    colours alone reach, if the benchmark says where they are from."""
     prompts = [prompt for mask_class in benchmark.classes for prompt in mask_class.prompts]
     class_of_prompt = [index for index, item in enumerate(benchmark.classes) for _ in item.prompts]
     texts_CE = torch.from_numpy(embedder.embed_texts(prompts))
-    matrices = {method: ConfusionMatrix(len(benchmark.classes)) for method in ("raw", "smooth")}
+    colours = _nearest_colour(benchmark, cluster)
+    matrices = {method: ConfusionMatrix(len(benchmark.classes)) for method in ("raw", "smooth", *colours)}
     names = []
     for picture in track(masked_pictures(benchmark, cluster), description=benchmark.name, transient=True):
         names.append((picture.name, content(picture.image_HWC.tobytes()), content(picture.mask_HW.tobytes())))
@@ -170,15 +173,16 @@ def _segmentation(
         maps = {"raw": both[len(prompts) :], "smooth": both[: len(prompts)]}
         shape = picture.mask_HW.shape
         labels = {method: decide(maps_PHW, class_of_prompt, shape) for method, maps_PHW in maps.items()}
+        found = labels | {method: baseline.labels(picture.image_HWC) for method, baseline in colours.items()}
         for method, matrix in matrices.items():
-            matrix.update(labels[method], picture.mask_HW)
+            matrix.update(found[method], picture.mask_HW)
         if len(names) <= 4:
             figure = figures.label_overlays(picture.image_HWC, picture.mask_HW, labels, benchmark.classes)
             log_picture(figure, f"{benchmark.name}/{picture.name}.png")
             _log_heatmap(log_picture, benchmark, picture, maps["smooth"])
     result: dict[str, Any] = {
         "num_images": len(names),
-        "pin": pin([names, benchmark.model_dump(exclude={"folder"}), window]),
+        "pin": pin([names, benchmark.model_dump(exclude={"folder", "nearest_colour_from"}), window]),
     }
     for method, matrix in matrices.items():
         scores = matrix.scores()
@@ -188,6 +192,15 @@ def _segmentation(
         result[f"{method}_miou"] = scores.mean_iou
         result[f"{method}_foreground_miou"] = float(np.mean(foreground)) if foreground else float("nan")
     return result
+
+
+def _nearest_colour(benchmark: Segmentation, cluster: Cluster) -> dict[str, NearestColour]:
+    """The baseline by its name, if the benchmark asks for it."""
+    if benchmark.nearest_colour_from is None:
+        return {}
+    source = benchmark.model_copy(update={"images": benchmark.nearest_colour_from, "max_images": None})
+    pictures = track(masked_pictures(source, cluster), description=f"{benchmark.name}: colours", transient=True)
+    return {"nearest_colour": NearestColour(pictures, len(benchmark.classes))}
 
 
 def _log_heatmap(

@@ -179,7 +179,7 @@ def _round(course: Course, number: int) -> bool:
         student = _learn(course, lesson, run, number)
         agreement = _held_out_agreement(course, student)
     except BaseException:
-        run.end("FAILED")
+        run.fail()
         raise
     is_kept = agreement >= course.agreement
     entry = {

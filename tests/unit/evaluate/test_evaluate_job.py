@@ -36,6 +36,7 @@ BENCHMARKS = [
         "classes": CLASSES,
         "model_ground_sample_distance_m": 1.0,
         "image_ground_sample_distance_m": 0.9,
+        "nearest_colour_from": "images/*.jpg",
     },
 ]
 NUM_PICTURES = 2
@@ -77,7 +78,7 @@ def test_numbers_pins_and_pictures_of_every_benchmark_are_kept(cluster: Cluster)
     assert all(len(scores["pin"]) == 12 for scores in report.values())
     metrics = artifact.manifest()["metrics"]
     assert metrics["pairs/mean_recall"] == report["pairs"]["mean_recall"]
-    assert {"kinds/top1", "masks/raw_miou", "masks/smooth_miou"} <= set(metrics)
+    assert {"kinds/top1", "masks/raw_miou", "masks/smooth_miou", "masks/nearest_colour_miou"} <= set(metrics)
     logged = storage.list_files(f"{cluster.root}/mlflow-artifacts/{artifact.manifest()['mlflow_run_id']}/artifacts")
     overlays = [f"masks/{index}.jpg.png" for index in range(NUM_PICTURES)]
     heatmaps = [f"masks/{index}.jpg_port_heat.png" for index in range(NUM_PICTURES)]

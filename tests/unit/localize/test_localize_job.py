@@ -11,7 +11,7 @@ import rasterio
 import tiny_service
 import torch
 
-from rsplatform import storage
+from rsplatform import storage, tracking
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
 from rsplatform.geo import Grid
@@ -25,6 +25,7 @@ from rsplatform.model.embedder import Embedder
 from rsplatform.model.preprocess import Square, decode_image, square
 from rsplatform.records import CHIP_SCHEMA, SAMPLE_SCHEMA
 from rsplatform.sources.scenes import SceneSource, describe_scene
+from rsplatform.train.guard import DamagedDataError
 
 CLASSES = [Sought(name="stadium", prompts=["a stadium"]), Sought(name="harbour", prompts=["harbour and water"])]
 BACKGROUND = ["an aerial image of a field"]
@@ -219,6 +220,29 @@ def test_a_damaged_chip_is_named(cluster: Cluster, course: SelfTrainConfig) -> N
     changes = {"output": "model/taught/v3", "chips": "chips/cut/v1"}
     with pytest.raises(ConfigError, match=r"chips/cut/v1: the picture of chip 'chip-7' is unreadable: .*make"):
         self_train(course.model_copy(update=changes), cluster)
+
+
+def test_a_failed_round_is_told_as_it_failed(
+    cluster: Cluster, course: SelfTrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever MLflow says when the round's run is to be closed."""
+    rows = lance.dataset(f"{cluster.root}/chips/plain/v1/chips.lance").to_table().to_pylist()
+    samples = lance.dataset(f"{cluster.root}/dataset/plain/v1/samples.lance").to_table().to_pylist()
+    rows = [row | {"image": row["image"][:200]} for row in rows]
+    samples = [sample | {"table": "chips/dark/v1"} for sample in samples]
+    for ref, table, schema, values in (
+        ("chips/dark/v1", "chips.lance", CHIP_SCHEMA, rows),
+        ("dataset/dark/v1", "samples.lance", SAMPLE_SCHEMA, samples),
+    ):
+        lance.write_dataset(pa.Table.from_pylist(values, schema=schema), f"{cluster.root}/{ref}/{table}")
+        tiny_service.finish(cluster.root, ref)
+
+    def broken(run: tracking.Run, status: str) -> None:
+        raise OSError(f"no {status} can be written")
+
+    monkeypatch.setattr(tracking.Run, "end", broken)
+    with pytest.raises(DamagedDataError, match="decoded"):
+        self_train(course.model_copy(update={"output": "model/taught/v4", "dataset": "dataset/dark/v1"}), cluster)
 
 
 def test_self_training_is_deterministic(cluster: Cluster, course: SelfTrainConfig) -> None:
