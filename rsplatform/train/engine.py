@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W pixels, T tokens, K values, N numbers.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from rsplatform.train.optimizer import OptimizerConfig, build_optimizers, set_le
 MODEL, FIRST_MOMENT, SECOND_MOMENT, NUM_STEPS = "model/", "exp_avg/", "exp_avg_sq/", "num_steps"
 MUON_MOMENT = "momentum/"
 # Where a checkpoint keeps what torch's optimizers call by these names.
-_MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq", MUON_MOMENT: "momentum_buffer"}
+MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq", MUON_MOMENT: "momentum_buffer"}
 # Number of updates of a parameter that was frozen for a while; all others have had `num_steps`.
 UPDATES = "updates/"
 # Gradients are averaged in pieces of this many numbers, to bound the extra memory.
@@ -99,6 +99,16 @@ def update_counts(counts: Mapping[str, float]) -> dict[str, Tensor]:
     return {NUM_STEPS: torch.tensor(float(most))} | own
 
 
+def owners(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, torch.optim.Optimizer]:
+    """Which of the optimizers has each parameter."""
+    return {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
 def updates_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """How many updates a parameter with moments has had; the inverse of `update_counts`."""
     return tensors.get(UPDATES + name, tensors[NUM_STEPS])
@@ -114,12 +124,7 @@ class PlainEngine:
         self._model = model
         self._config = config
         self._optimizers = build_optimizers(model, config)
-        self._optimizer_of = {
-            parameter: optimizer
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        self._optimizer_of = owners(self._optimizers)
 
     @property
     def model(self) -> Mammut:
@@ -170,7 +175,7 @@ class PlainEngine:
         for name, parameter in self._model.named_parameters():
             tensors[MODEL + name] = parameter.detach()
             own = self._moments_of(parameter)
-            tensors |= {prefix + name: own[key] for prefix, key in _MOMENTS.items() if key in own}
+            tensors |= {prefix + name: own[key] for prefix, key in MOMENTS.items() if key in own}
             if "step" in own:
                 updates[name] = float(own["step"])
         return tensors | update_counts(updates)
@@ -180,7 +185,7 @@ class PlainEngine:
         """Continue exactly where `state` was taken; KeyError if it is the state of another model."""
         for name, parameter in self._model.named_parameters():
             parameter.copy_(tensors[MODEL + name])
-            kept = {key: tensors[prefix + name] for prefix, key in _MOMENTS.items() if prefix + name in tensors}
+            kept = {key: tensors[prefix + name] for prefix, key in MOMENTS.items() if prefix + name in tensors}
             own = {key: value.to(parameter.device).clone() for key, value in kept.items()}
             if FIRST_MOMENT + name in tensors:
                 own["step"] = updates_of(tensors, name).clone().to(parameter.device)

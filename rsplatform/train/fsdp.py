@@ -23,15 +23,15 @@ from rsplatform.model.mammut import Mammut, MammutOutput
 from rsplatform.train.engine import (
     FIRST_MOMENT,
     MODEL,
-    SECOND_MOMENT,
+    MOMENTS,
     gather_of_default_group,
+    owners,
     update_counts,
     updates_of,
 )
 from rsplatform.train.freezing import names_of_parts
-from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
+from rsplatform.train.optimizer import OptimizerConfig, build_optimizers, set_learning_rate
 
-_MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
 # Entries of the model beside `forward`: each collects the root's shards first, on all processes together.
 _INFERENCE = ("encode_image", "encode_text", "image_tokens", "caption_logits", "patch_features", "head")
 
@@ -83,7 +83,8 @@ class FsdpEngine:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for method in _INFERENCE:
             register_fsdp_forward_method(model, method)
-        self._optimizer = build_optimizer(model, config)
+        self._optimizers = build_optimizers(model, config)
+        self._optimizer_of = owners(self._optimizers)
         self._settle()
 
     @property
@@ -123,14 +124,15 @@ class FsdpEngine:
         """
         parameters = self._shards().values()
         norm = float(_whole(nn.utils.clip_grad_norm_(parameters, self._config.gradient_clip)))
-        if math.isfinite(norm):
-            set_learning_rate(self._optimizer, learning_rate)
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            if math.isfinite(norm):
+                set_learning_rate(optimizer, learning_rate)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return norm
 
     def freeze(self, parts: Collection[str]) -> None:
-        """Leave exactly these parts as they are from now on: without a gradient AdamW passes them over."""
+        """Leave exactly these parts as they are from now on: without a gradient optimizers pass them over."""
         frozen = names_of_parts(self._model, parts)
         for name, parameter in self._shards().items():
             parameter.requires_grad_(name not in frozen)
@@ -148,11 +150,10 @@ class FsdpEngine:
         tensors, updates = {}, {}
         for name, parameter in self._shards().items():
             tensors[MODEL + name] = _whole(parameter.detach()).cpu()
-            moments = self._optimizer.state.get(parameter)
-            if moments:
-                for prefix, key in _MOMENTS.items():
-                    tensors[prefix + name] = _whole(moments[key]).cpu()
-                updates[name] = float(_whole(moments["step"]))
+            own = self._optimizer_of[parameter].state[parameter]
+            tensors |= {prefix + name: _whole(own[key]).cpu() for prefix, key in MOMENTS.items() if key in own}
+            if "step" in own:
+                updates[name] = float(_whole(own["step"]))
         return tensors | update_counts(updates)
 
     @torch.no_grad()
@@ -160,11 +161,11 @@ class FsdpEngine:
         """Cut the own shards out of a whole state of any engine; KeyError if it is the state of another model."""
         for name, parameter in self._shards().items():
             parameter.copy_(_cut_like(parameter, tensors[MODEL + name]))
+            kept = {key: tensors[prefix + name] for prefix, key in MOMENTS.items() if prefix + name in tensors}
+            own = {key: torch.zeros_like(parameter).copy_(_cut_like(parameter, kept[key])) for key in kept}
             if FIRST_MOMENT + name in tensors:
-                moments: dict[str, Tensor] = {"step": updates_of(tensors, name).clone().to(self.device)}
-                for prefix, key in _MOMENTS.items():
-                    moments[key] = torch.zeros_like(parameter).copy_(_cut_like(parameter, tensors[prefix + name]))
-                self._optimizer.state[parameter] = moments
+                own["step"] = updates_of(tensors, name).clone().to(self.device)
+            self._optimizer_of[parameter].state[parameter].update(own)
 
     def shards(self) -> dict[str, Tensor]:
         """The own part of each weight."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rsplatform.model.mammut import Mammut
 from rsplatform.train.freezing import is_in_parts
-from rsplatform.train.muon import hidden_matrices, muon, split_groups
+from rsplatform.train.muon import Muon, hidden_matrices, split_groups
 
 # What comes before the first block of a tower, by its name there.
 _BEFORE_BLOCKS = (
@@ -33,10 +33,10 @@ _BEFORE_BLOCKS = (
 class OptimizerConfig:
     """AdamW. Betas, weight decay and clip are those of a published openMaMMUT run (RECIPE.md) [F].
 
-    `kind` muon gives the matrices inside the blocks to Muon (muon.py), at `muon_rate_factor` times the learning rate
-    (our default, measured on RSICD from scratch: LOG.md); for engines that keep weights whole. `layer_decay` lowers the
-    learning rate of each block by that factor under the one above it, for continual training: what early blocks know
-    stays. Off by default.
+    `kind` muon gives the matrices of linear maps to Muon (muon.py), at `muon_rate_factor` times the learning rate (our
+    default, measured on RSICD from scratch: LOG.md); for engines that keep matrices, so not for DeepSpeed.
+    `layer_decay` lowers the learning rate of each block by that factor under the one above it, for continual training:
+    what early blocks know stays. Off by default.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -166,12 +166,12 @@ def build_optimizer(model: Mammut, config: OptimizerConfig, freezable: Collectio
 
 
 def build_optimizers(model: Mammut, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The config's kind, over `parameter_groups`: AdamW alone, or beside Muon. For weights that are whole."""
+    """The config's kind, over `parameter_groups`: AdamW alone, or beside Muon, which needs matrices."""
     groups = parameter_groups(model, config)
     if config.kind == "adamw":
         return [_adamw(groups, config)]
     others, matrices = split_groups(groups, hidden_matrices(model), config.muon_rate_factor)
-    return [_adamw(others, config), muon(matrices)]
+    return [_adamw(others, config), Muon(matrices)]
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:

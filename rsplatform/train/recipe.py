@@ -184,10 +184,10 @@ class PretrainConfig(StageConfig):
             RecipeMismatchError: what is to be in memory at once does not fit the card, or the optimizer needs another
                 engine.
         """
-        if self.optimizer.kind == "muon" and cluster.train.engine != "plain":
+        if self.optimizer.kind == "muon" and cluster.train.engine == "deepspeed":
             raise RecipeMismatchError(
-                f"optimizer.kind muon turns whole matrices, which engine {cluster.train.engine} flattens or splits: "
-                "use cluster.train.engine=plain, or optimizer.kind=adamw"
+                "optimizer.kind muon turns matrices, which engine deepspeed keeps as flat pieces: use "
+                "cluster.train.engine=fsdp or plain, or optimizer.kind=adamw"
             )
         return [f"note   {remark}" for remark in self.curriculum.remarks] + self._memory_lines(cluster)
 

@@ -2,6 +2,7 @@
 process and train its model; checkpoints cross over.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,16 +31,18 @@ State = dict[str, torch.Tensor]
 
 
 class Case(NamedTuple):
-    """A loss, and what is added to the logarithm of the first logit scale (2 is above the clamp)."""
+    """A loss, what is added to the logarithm of the first logit scale (2 is above the clamp), and an optimizer."""
 
     loss: LossConfig = LossConfig()
     above: float = 0.0
+    optimizer: OptimizerConfig = OPTIMIZER
 
 
 CASES = {
     "softmax": Case(),
     "focal_sigmoid": Case(LossConfig("focal_sigmoid", caption_weight=2.0), above=2.0),
     "sigmoid": Case(LossConfig("sigmoid", z_loss_weight=1e-2)),
+    "muon": Case(optimizer=replace(OPTIMIZER, kind="muon")),
 }
 
 
@@ -58,9 +61,9 @@ def make_model(case: Case = CASES["softmax"]) -> Mammut:
 def make_engine(kind: str, case: Case = CASES["softmax"]) -> Engine:
     """plain; fsdp; fsdp/2: two processes to a copy of the model."""
     if kind == "plain":
-        return PlainEngine(make_model(case), OPTIMIZER, gather_of_default_group())
+        return PlainEngine(make_model(case), case.optimizer, gather_of_default_group())
     shard_size = kind.partition("/")[2]
-    return FsdpEngine(make_model(case), OPTIMIZER, shard_size=int(shard_size) if shard_size else None)
+    return FsdpEngine(make_model(case), case.optimizer, shard_size=int(shard_size) if shard_size else None)
 
 
 def own_places() -> torch.Tensor:
@@ -130,10 +133,10 @@ def assert_same(actual: State, expected: State, tolerance: float = TOLERANCE) ->
         )
 
 
-def assert_resumes_bitwise(kind: str, whole: State) -> None:
+def assert_resumes_bitwise(kind: str, case: Case, whole: State) -> None:
     """Half of the steps, a new engine, the other half: the same bits as all steps in one."""
-    half = train(kind, end=NUM_STEPS // 2)
-    resumed = train(kind, given=half)
+    half = train(kind, case, end=NUM_STEPS // 2)
+    resumed = train(kind, case, given=half)
     rows = torch.cat([half["rows"], resumed["rows"]])
     assert all(torch.equal(value, whole[name]) for name, value in (resumed | {"rows": rows}).items()), kind
 
@@ -227,7 +230,8 @@ def run_all(kinds: tuple[str, ...], given: State | None) -> State:
     """All cases of one world size in one set of processes: starting them costs more than the training."""
     results = {f"{kind}|{name}": train(kind, case) for kind in kinds for name, case in CASES.items()}
     for kind in kinds:
-        assert_resumes_bitwise(kind, results[f"{kind}|softmax"])
+        for name in ("softmax", "muon"):
+            assert_resumes_bitwise(kind, CASES[name], results[f"{kind}|{name}"])
         if kind != "plain":
             assert_sharded(kind)
     if dist.get_world_size() == 2:
