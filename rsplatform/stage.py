@@ -1,6 +1,7 @@
 """What every front door does around its work: claim the artifact, open the MLflow run, commit the manifest last.
 
-A finished artifact of the same recipe is a no-op; an unfinished one is resumed; a failed one stays unfinished.
+A finished artifact of the same recipe is a no-op; an unfinished one is resumed, by one process at a time; a failed one
+stays unfinished.
 """
 
 import contextlib
@@ -8,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from rsplatform import artifacts, storage, tracking
-from rsplatform.artifacts import Artifact, open_artifact
+from rsplatform import artifacts, lease, storage, tracking
+from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, StageConfig, iter_inputs, nested_jobs
 
@@ -66,25 +67,30 @@ def finished(config: StageConfig, cluster: Cluster) -> Artifact | None:
 def open_stage(config: StageConfig, cluster: Cluster) -> Iterator[Stage]:
     """Open the stage of an unfinished artifact; commits on success, leaves it unfinished and marks FAILED otherwise.
 
-    Call `finished` first. Raises ArtifactError, StorageError or TrackingError before any work is done.
+    Call `finished` first. Raises ArtifactError (also where another process is at work on it), StorageError or
+    TrackingError before any work is done.
     """
     storage.check_writable(cluster.root)
     artifact = Artifact(cluster.root, config.output)
     recipe = recipe_identity(config, cluster)
-    artifacts.begin(artifact, recipe)
-    run = _start_run(config, cluster, artifact)
-    stage = Stage(artifact, run)
-    try:
-        with tracking.child_runs_of(run):
-            yield stage
-        flat = tracking.flatten({"counts": stage.counts})
-        run.log_metrics({key: value for key, value in flat.items() if isinstance(value, int | float)})
-        manifest = artifacts.commit(artifact, recipe, counts=stage.counts, metrics=stage.metrics, run_id=run.run_id)
-        run.log_document(manifest, "manifest.json")
-    except BaseException:
-        run.fail()
-        raise
-    run.end("FINISHED")
+    artifacts.check_recipe(artifact, recipe)
+    with lease.held(artifact) as held:
+        if artifacts.begin(artifact, recipe) is not None:
+            raise ArtifactError(f"{artifact.uri} was finished by another process just now; run the same command again")
+        run = _start_run(config, cluster, artifact)
+        stage = Stage(artifact, run)
+        try:
+            with tracking.child_runs_of(run):
+                yield stage
+            flat = tracking.flatten({"counts": stage.counts})
+            run.log_metrics({key: value for key, value in flat.items() if isinstance(value, int | float)})
+            held.check()
+            manifest = artifacts.commit(artifact, recipe, counts=stage.counts, metrics=stage.metrics, run_id=run.run_id)
+            run.log_document(manifest, "manifest.json")
+        except BaseException:
+            run.fail()
+            raise
+        run.end("FINISHED")
 
 
 def _start_run(config: StageConfig, cluster: Cluster, artifact: Artifact) -> tracking.Run:
