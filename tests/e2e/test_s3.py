@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import rasterio
+import torch
 from rasterio.io import MemoryFile
 from rasterio.transform import from_origin
 
-from rsplatform import artifacts, storage
+from rsplatform import artifacts, lease, storage
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster
 from rsplatform.config import read_yaml, validate
@@ -27,11 +29,16 @@ from rsplatform.curate.chips import IngestScenesConfig, ingest_scenes
 from rsplatform.dataset.build import BuildDatasetConfig, build_dataset
 from rsplatform.evaluate.run import EvaluateConfig, evaluate
 from rsplatform.index.build import BuildIndexConfig, build_index
+from rsplatform.lease import BusyError
 from rsplatform.ledger import Drop, read_drops, write_drops
 from rsplatform.localize.run import LocalizeConfig, localize
 from rsplatform.runtime import ray_runtime
+from rsplatform.shared_file import shared_file
+from rsplatform.train.checkpoint import CheckpointFolder
 from rsplatform.train.launch import PretrainConfig, pretrain
+from rsplatform.train.worker import read_history
 from rsplatform.world.build import MakeWorldConfig, make_world_artifact
+from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -84,6 +91,28 @@ def test_artifacts_are_committed_verified_and_refused(s3_root: str) -> None:
         artifacts.verify(artifact)
 
 
+def test_one_driver_at_a_time_is_at_work_in_the_bucket(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Artifact(s3_root, "chips/leased/v1")
+    with lease.held(artifact), pytest.raises(BusyError, match=f"process {os.getpid()} on"), lease.held(artifact):
+        pass
+    assert not storage.exists(artifact.path(lease.LEASE))
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    with pytest.raises(BusyError, match="another has taken the work over"), lease.held(artifact):
+        storage.write_bytes(artifact.path(lease.LEASE), b"somebody else's")
+        threading.Event().wait(60)
+    file = shared_file(artifact.path(lease.LEASE))
+    found = file.look()
+    assert found is not None and found.data == b"somebody else's" and -5 < found.age_s < 60
+    assert file.swap(None, b"a second one's") is None
+    taken = file.swap(found, b"a third one's")
+    assert taken is not None and file.touch(taken) is not None
+    assert (file.touch(found), file.swap(found, b"a late one's")) == (None, None)
+    file.remove(found)
+    assert storage.read_bytes(artifact.path(lease.LEASE)) == b"a third one's"
+    file.remove(taken)
+    assert file.look() is None and file.touch(taken) is None
+
+
 def test_lance_reads_and_writes_the_same_place(s3_root: str) -> None:
     uri = f"{s3_root}/tables/rows.lance"
     table = pa.table({"id": ["a", "b", "c"], "value": [1, 2, 3]})
@@ -122,6 +151,50 @@ def test_folders_travel_both_ways(s3_root: str, tmp_path: Path) -> None:
 def test_a_missing_bucket_is_named(s3_root: str) -> None:
     with pytest.raises(storage.StorageError, match="no-such-bucket.*not reachable"):
         storage.check_writable("s3://no-such-bucket/root")
+
+
+KILLED_TRAINING = """
+import sys
+from pathlib import Path
+from rsplatform.cluster import Cluster
+from rsplatform.train.recipe import PretrainConfig
+from tests.processes.killed_training import Kill, pretrain_until_killed
+
+config, cluster, log = PretrainConfig.model_validate_json(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+pretrain_until_killed(config, Cluster.model_validate_json(cluster), Kill("save", 0, 5), log)
+"""
+
+
+def test_a_killed_training_goes_on_from_the_bucket_bitwise(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command, at once: weights, moments and history are the undisturbed run's, what is pruned is gone."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    cluster = Cluster.model_validate({"root": f"{s3_root}/killed", "train": {"launcher": "local"}})
+    make_tiny_dataset(cluster.root)
+    changes = {"ema_decay": 0.8, "keep_checkpoints": 1, "report_every_steps": 1}
+    whole, killed = (
+        PretrainConfig(**tiny_recipe(output=f"model/{name}/v1", **changes)) for name in ("whole", "killed")
+    )
+    arguments = [killed.model_dump_json(), cluster.model_dump_json(), str(tmp_path / "log")]
+    driver = subprocess.run([sys.executable, "-c", KILLED_TRAINING, *arguments], cwd=REPOSITORY)
+    assert driver.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    left = CheckpointFolder(f"{cluster.root}/{killed.output}/checkpoints").steps()
+    assert left in ([2], [4]), "one is left, of a run that was to save the third"
+    found = []
+    for config in (whole, killed):
+        artifact = pretrain(config, cluster)
+        artifacts.verify(artifact)
+        checkpoints = CheckpointFolder(artifact.path("checkpoints"))
+        assert checkpoints.steps() == [8]
+        history = [
+            {name: row[name] for name in ("step", "loss")} for row in read_history(artifact.uri) if "loss" in row
+        ]
+        weights = storage.read_bytes(artifact.path("model/model.safetensors"))
+        found.append((checkpoints.load(8)[0], history, weights))
+    (expected, *others), (resumed, *same) = found
+    assert resumed.keys() == expected.keys() and others == same
+    assert [name for name, value in expected.items() if not torch.equal(resumed[name], value)] == []
 
 
 def recipe(path: str, **changes: object) -> dict:

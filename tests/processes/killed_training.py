@@ -141,7 +141,7 @@ def train_one_rank(attempt: Attempt, rank: int) -> None:
 def pretrain_until_killed(config: PretrainConfig, cluster: Cluster, kill: Kill | None, log: Path) -> None:
     """The front door with launcher "local", by a driver that dies; without a kill it does not."""
     _speak_into(log)
-    Trap(kill, log)
+    pytest.MonkeyPatch().setattr(worker, "fit", Trap(kill, log).fit)
     pretrain(config, cluster)
 
 

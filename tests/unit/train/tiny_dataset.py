@@ -3,7 +3,7 @@
 import lance
 import pyarrow as pa
 
-from rsplatform import artifacts
+from rsplatform import artifacts, storage
 from rsplatform.artifacts import Artifact
 from rsplatform.records import SAMPLE_SCHEMA
 from tests.unit.train.tiny_training import TinyStore
@@ -40,7 +40,8 @@ def write(root: str, ref: str, table_name: str, table: pa.Table) -> None:
     artifact = Artifact(root, ref)
     recipe = artifacts.identity({"output": ref}, {})
     artifacts.begin(artifact, recipe)
-    lance.write_dataset(table, artifact.path(table_name))
+    uri = artifact.path(table_name)
+    lance.write_dataset(table, uri, storage_options=storage.lance_options(uri))
     artifacts.commit(artifact, recipe, counts={}, metrics={}, run_id="none")
 
 
