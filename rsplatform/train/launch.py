@@ -216,7 +216,11 @@ def export_model(job: WorkerJob) -> Progress:
 
 
 def _describe(stage: Stage, config: PretrainConfig, progress: Progress, exported: Progress) -> None:
-    """Counts of the whole training; `final/` metrics are those of the exported weights."""
+    """Counts of the whole training; `final/` metrics are the last ones up to the exported step.
+
+    Training and its validations run the weights themselves: where their moving average is exported, that is not what
+    was measured. The run's tag and the model card say which is exported.
+    """
     history = read_history(stage.artifact.uri)
     last: dict[str, float] = {}
     for row in history:
@@ -234,6 +238,8 @@ def _describe(stage: Stage, config: PretrainConfig, progress: Progress, exported
     if progress.stopped:
         logger.warning("%s: %s", config.output, progress.stopped)
         stage.run.set_tags({"stopped_early": progress.stopped})
+    average = config.ema_decay is not None
+    stage.run.set_tags({"exported_weights": "moving average, unlike those of final/" if average else "as in final/"})
     stage.run.log_picture(loss_figure(history), "loss.png")
     if config.validation_split is not None:
         store = SampleStore(stage.artifact.root, config.dataset, config.validation_split)

@@ -124,8 +124,11 @@ def _training(facts: CardFacts) -> str:
         if counts.get("exported_step", counts["steps"]) != counts["steps"]:  # older manifests do not tell it
             lines = [f"{lines[0]} These weights are those of step {counts['exported_step']:,}, the best in validation."]
     metrics = {name: value for name, value in facts.manifest["metrics"].items() if name.startswith("final/")}
+    decay = facts.manifest["config"].get("ema_decay")
     if metrics:
-        lines.append("At the end: " + ", ".join(f"{name[6:]} {value:.4g}" for name, value in sorted(metrics.items())))
+        numbers = ", ".join(f"{name[6:]} {value:.4g}" for name, value in sorted(metrics.items()))
+        whose = " (of the weights in training, whose moving average this is)" if decay is not None else ""
+        lines.append(f"At the end{whose}: {numbers}")
     rows = [[f"`{item.ref}`", _counted(item.counts), f"`{item.fingerprint[:12]}`"] for item in facts.inputs]
     if rows:
         lines.append(_table(["made from", "holds", "manifest sha256"], rows))

@@ -174,6 +174,7 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     assert (result["dataset"]["name"], result["metrics"]) == ("val", [{"type": "t2i_r10", "value": 12.5}])
     assert "| val | t2i_r10 | 12.50 | 1.25 | `aaaaaaaaaaaaaaaa` |" in body
     assert "64 samples seen in 8 steps" in body and model_hash in body
+    assert "\nAt the end: " in body
     assert "`dataset/tiny/v1`" in body and "`chips/tiny/v1`" in body
     assert "Attributions of the imagery: © Somebody\n" in body
     assert "Not chosen" in body and "recipe field `licence`" in body
@@ -186,6 +187,15 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     )
     with pytest.raises(ConfigError, match="evaluation/other/v1 measured model/carded/v1, which is another model"):
         export_model(others, cluster)
+
+
+def test_a_moving_average_is_not_said_to_have_the_numbers_of_the_training(cluster: Cluster) -> None:
+    trained = pretrain(PretrainConfig(**tiny_recipe(output="model/averaged/v1", ema_decay=0.5)), cluster)
+    exported = export_model(ExportModelConfig(output="export/averaged/v1", model=trained.ref), cluster)
+    card = (Path(exported.uri) / "model" / "README.md").read_text()
+    assert "\nAt the end (of the weights in training, whose moving average this is): caption " in card
+    tags = MlflowClient(tracking_uri(cluster.root)).get_run(trained.manifest()["mlflow_run_id"]).data.tags
+    assert tags["exported_weights"] == "moving average, unlike those of final/"
 
 
 def test_a_damaged_model_is_not_given_to_others(cluster: Cluster) -> None:
