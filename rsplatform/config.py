@@ -6,7 +6,7 @@ name the key and the nearest valid one. Nothing here touches data.
 
 import difflib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -232,3 +232,15 @@ def _element_marker(annotation: Any) -> InputMarker | None:
             if isinstance(item, InputMarker):
                 return item
     return None
+
+
+def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as dotted keys (phases.0.steps), as in the overrides of the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        if isinstance(inner, Mapping) and inner:
+            flat |= flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from rsplatform import artifacts, lease, storage, tracking
 from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, StageConfig, iter_inputs, nested_jobs
+from rsplatform.config import ConfigError, StageConfig, flatten, iter_inputs, nested_jobs
 
 
 @runtime_checkable
@@ -82,7 +82,7 @@ def open_stage(config: StageConfig, cluster: Cluster) -> Iterator[Stage]:
         try:
             with tracking.child_runs_of(run):
                 yield stage
-            flat = tracking.flatten({"counts": stage.counts})
+            flat = flatten({"counts": stage.counts})
             run.log_metrics({key: value for key, value in flat.items() if isinstance(value, int | float)})
             held.check()
             manifest = artifacts.commit(artifact, recipe, counts=stage.counts, metrics=stage.metrics, run_id=run.run_id)

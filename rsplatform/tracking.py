@@ -11,11 +11,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 
+from rsplatform.config import flatten
 from rsplatform.storage import is_s3
 
 LOGGER = logging.getLogger("rsplatform.tracking")
@@ -111,11 +112,13 @@ class Run:
     uri: str
     run_id: str
     outbox: Outbox = field(default_factory=Outbox, compare=False, repr=False)
+    last_steps: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def queue_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Have scalars at `step` sent with the next ones that are written."""
+        """Have scalars at `step` sent with the next ones that are written, unless `last_steps` has that step."""
         now = int(time.time() * 1000)
-        self.outbox.rows.extend((_metric_name(key), float(value), now, step) for key, value in metrics.items())
+        rows = [(_metric_name(key), float(value), now, step) for key, value in metrics.items()]
+        self.outbox.rows.extend(row for row in rows if step > self.last_steps.get(row[0], -1))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Write scalars at `step`, after those that still wait."""
@@ -167,6 +170,16 @@ class Run:
         """
         with _answered(self.uri) as client:
             return dict(client.get_run(self.run_id).data.metrics)
+
+    def going_on(self) -> "Run":
+        """This run, of each metric only steps after its last: MLflow would show both points of a step taken twice."""
+        try:
+            with _answered(self.uri) as client:
+                metrics = client.get_run(self.run_id).data.to_proto().metrics
+        except TrackingError as error:
+            LOGGER.warning("%s; steps that are taken again will have two points", error)
+            return self
+        return replace(self, last_steps={metric.key: metric.step for metric in metrics})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; values are redacted and cut to MLflow's limit."""
@@ -275,18 +288,6 @@ def _metric_name(name: str) -> str:
 def _param_name(name: str) -> str:
     """A dotted key whose parts may be any text (the keys of a mapping) as MLflow takes it: no path, 250 characters."""
     return re.sub(r"[^\w. -]", "_", name)[:250]
-
-
-def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as dotted keys (phases.0.steps), as in the overrides of the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
-        if isinstance(inner, Mapping) and inner:
-            flat |= flatten(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def redact(text: str) -> str:

@@ -29,7 +29,7 @@ def reporting_node(report: Report, run: Run | None, device: torch.device, *, is_
         return report
     meter = NodeMeter(device)
     run.set_tags({node_name(): socket.gethostname()})
-    send = run.queue_metrics if is_first else run.log_metrics  # the first worker's report sends both at once
+    send = run.queue_metrics if is_first else run.going_on().log_metrics  # the first's report sends both at once
 
     def report_both(metrics: dict[str, float], step: int) -> None:
         if "samples_per_s" in metrics:

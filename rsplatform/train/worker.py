@@ -91,6 +91,7 @@ def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = Non
         loop = replace(job.config.loop_config(job.placement, micro_batch), num_steps=job.num_steps)
         if share.rank == 0 and job.run is not None:
             job.run.log_metrics(_what_the_place_makes_of_it(job, engine, micro_batch), from_step)
+            job = replace(job, run=job.run.going_on())
         with Recorder(job, is_first=share.rank == 0, from_step=from_step) as recorder:
             look = partial(write_hardest, job.folder, tokenizer) if share.rank == 0 else None
             place = HeldOutPlace(job.root, tokenizer, config, share, micro_batch)

@@ -14,7 +14,7 @@ from mlflow.utils.validation import _validate_param_name
 from rsplatform import artifacts, storage, tracking
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import load_cluster
-from rsplatform.config import StageConfig, load_config
+from rsplatform.config import StageConfig, flatten, load_config
 from rsplatform.dataset.build import BuildDatasetConfig, source_name
 from rsplatform.model.openmammut_config import config_of_layout
 from rsplatform.train.import_model import ImportModelConfig
@@ -46,7 +46,7 @@ def test_recipes_are_valid_for_their_job(path: Path) -> None:
 def test_every_key_of_a_recipe_is_a_param_of_its_own(path: Path) -> None:
     """MLflow takes the names as they are made, and no two fields share one."""
     config = load_config(config_class_of(path.parent.name), path)
-    keys = tracking.flatten(config.model_dump(mode="json"))
+    keys = flatten(config.model_dump(mode="json"))
     names = {tracking._param_name(key) for key in keys}
     assert len(names) == len(keys)
     for name in names:

@@ -65,6 +65,27 @@ def test_a_broken_database_of_our_own_is_an_error(root: str) -> None:
         Run(run.uri, "b" * 32).log_metrics({"loss": 1.0}, 1)
 
 
+def test_steps_that_are_taken_again_have_one_point(root: str) -> None:
+    run = tracking.start_run(root, "pipeline", "killed", {}, tags={})
+    for step in range(1, 5):
+        run.log_metrics({"loss": float(step)}, step)
+    run.log_metrics({"val_loss": 2.0}, 2)
+    resumed = run.going_on()
+    for step in range(3, 7):
+        resumed.queue_metrics({"memory": 0.5}, step)
+        resumed.log_metrics({"loss": float(step), "val_loss": 9.0}, step)
+    client = tracking._client(run.uri)
+    steps = {name: [row.step for row in client.get_metric_history(run.run_id, name)] for name in ("loss", "val_loss")}
+    assert steps == {"loss": [1, 2, 3, 4, 5, 6], "val_loss": [2, 3, 4, 5, 6]}
+    assert len(client.get_metric_history(run.run_id, "memory")) == 4
+
+
+def test_an_absent_server_lets_a_run_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run("http://127.0.0.1:9", "a" * 32)
+    assert run.going_on() is run
+    assert "two points" in ours(caplog)[0]
+
+
 def test_what_waits_travels_with_the_run(silent: Run) -> None:
     silent.log_metrics({"loss": 3.0}, 1)
     assert pickle.loads(pickle.dumps(silent)).outbox.rows == silent.outbox.rows
