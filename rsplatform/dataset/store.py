@@ -3,7 +3,7 @@
 Both are read by row when a batch wants them (Lance `take`); nothing is copied, and no caption is held. No decoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,11 +93,12 @@ class SampleStore:
 
     def all_ids(self) -> list[str]:
         """The id of every sample, in sample order; read anew by each call."""
-        return self._column("id").to_pylist()
+        return self._samples.to_table(columns=["id"], filter=f"split = '{self.split}'")["id"].to_pylist()
 
-    def all_captions(self) -> list[str]:
-        """Every caption of the split, in sample order (for the tokenizer); read anew by each call."""
-        return [text for part in self._column("captions").chunks for text in part.flatten().to_pylist()]
+    def all_captions(self) -> Iterator[str]:
+        """Every caption of the split, in sample order (for the tokenizer), a batch of rows in memory at a time."""
+        for batch in self._samples.to_batches(columns=["captions"], filter=f"split = '{self.split}'"):
+            yield from batch["captions"].flatten().to_pylist()
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Sample]:
         """The samples at `indices`, in that order; indices may repeat."""
@@ -119,9 +120,6 @@ class SampleStore:
             )
         ]
         return [samples[place] for place in places]
-
-    def _column(self, name: str) -> pa.ChunkedArray:
-        return self._samples.to_table(columns=[name], filter=f"split = '{self.split}'")[name]
 
     @cached_property
     def _samples(self) -> lance.LanceDataset:

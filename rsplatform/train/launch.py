@@ -102,7 +102,7 @@ def prepare_tokenizer(config: PretrainConfig, cluster: Cluster, folder: str) -> 
     if config.tokenizer is not None:
         tokenizer = read_tokenizer(config.tokenizer, cluster)
     else:
-        tokenizer = learn(SampleStore(cluster.root, config.dataset, config.split).all_captions(), vocab_size)
+        tokenizer, _ = learn(SampleStore(cluster.root, config.dataset, config.split).all_captions(), vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise RecipeMismatchError(
             f"{config.tokenizer} has {tokenizer.vocab_size} tokens, the model a vocabulary of {vocab_size}; "

@@ -4,6 +4,8 @@ A tokenizer is fixed with its checkpoints: runs that are to be compared or conti
 """
 
 import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 from pydantic import Field
 from rich.console import Console
@@ -37,24 +39,39 @@ def train_tokenizer(config: TrainTokenizerConfig, cluster: Cluster) -> Artifact:
         return done
     with open_stage(config, cluster) as stage:
         stores = [SampleStore(cluster.root, dataset, config.split) for dataset in config.datasets]
-        captions = [caption for store in stores for caption in store.all_captions()]
-        tokenizer = learn(captions, config.vocab_size)
+        tokenizer, num_captions = learn(_captions(stores), config.vocab_size)
         storage.write_bytes(stage.artifact.path(TOKENIZER_FILE), tokenizer.to_json().encode())
-        measured = captions[:: -(-len(captions) // MEASURED_CAPTIONS)]
+        # read once more: together they may be larger than the driver's memory
+        measured = list(islice(_captions(stores), 0, None, -(-num_captions // MEASURED_CAPTIONS)))
         words = sum(len(caption.split()) for caption in measured)
         tokens = sum(len(ids) for ids in tokenizer.token_ids(measured))
         lengths = {"tokens_per_caption": tokens / len(measured), "tokens_per_word": tokens / max(1, words)}
         stage.log(lengths | {"vocab_size": tokenizer.vocab_size})
-        stage.counts = {"inputs": len(captions), "kept": len(captions), "dropped": {}}
+        stage.counts = {"inputs": num_captions, "kept": num_captions, "dropped": {}}
     return stage.artifact
 
 
-def learn(captions: list[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` tokens; the same captions give the same one."""
-    with Console(stderr=True).status(f"tokenizer: learning up to {vocab_size} tokens from {len(captions)} captions"):
-        tokenizer = Tokenizer.train(captions, vocab_size)
-    logger.info("tokenizer: %d tokens from %d captions", tokenizer.vocab_size, len(captions))
-    return tokenizer
+def _captions(stores: Sequence[SampleStore]) -> Iterator[str]:
+    return chain.from_iterable(store.all_captions() for store in stores)
+
+
+def learn(captions: Iterable[str], vocab_size: int) -> tuple[Tokenizer, int]:
+    """A tokenizer of at most `vocab_size` tokens, and from how many captions; the same ones give the same one.
+
+    They are taken one after the other and not held.
+    """
+    num_captions = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_captions
+        for caption in captions:
+            num_captions += 1
+            yield caption
+
+    with Console(stderr=True).status(f"tokenizer: learning up to {vocab_size} tokens"):
+        tokenizer = Tokenizer.train(counted(), vocab_size)
+    logger.info("tokenizer: %d tokens from %d captions", tokenizer.vocab_size, num_captions)
+    return tokenizer, num_captions
 
 
 def read_tokenizer(path: str, cluster: Cluster) -> Tokenizer:

@@ -67,7 +67,9 @@ def test_nothing_is_lost_and_pictures_are_read_from_their_source(cluster: Cluste
         assert sample.id == ids[index] and sample.image == f"{kind} {number}".encode()
         assert sample.captions == ((f"caption {number}", f"other {number}") if kind == "chip" else ("web",))
         assert sample.caption_weights == pytest.approx([1 / len(sample.captions)] * len(sample.captions))
-    assert store.all_captions() == [text for sample in store.read(range(len(store))) for text in sample.captions]
+    captions = store.all_captions()
+    assert iter(captions) is captions, "one after the other, not all at once"
+    assert list(store.all_captions()) == [text for sample in store.read(range(len(store))) for text in sample.captions]
     assert store.origins.weight_N.tolist() == [1.0] * 4 + [2.0] * 2
     assert [store.origins.names[source] for source in store.origins.source_N] == ["chips"] * 4 + ["web_pairs"] * 2
     val = SampleStore(cluster.root, "dataset/a/v1", "val")
