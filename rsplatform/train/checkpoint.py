@@ -9,6 +9,7 @@ one host is not here. Shapes: N bytes.
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ _DTYPES = {
 _DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 # Of one request to an object store.
 _PIECE_BYTES = 64 * 2**20
+# NFS keeps what it knows of a folder for up to a minute (its acdirmax).
+LISTING_TRIES, LISTING_WAIT_S = 90, 1.0
 
 
 class CheckpointError(ValueError):
@@ -96,6 +99,10 @@ class CheckpointFolder:
         """Steps that have a whole checkpoint, ascending; files still being written do not count."""
         names = (_NAME.match(name) for name in storage.list_files(self.uri))
         return sorted(int(match.group(1)) for match in names if match)
+
+    def has(self, step: int) -> bool:
+        """Whether the whole checkpoint of a step is there: asked by its name, a disk answers sooner than by a list."""
+        return storage.exists(self._path(step))
 
     def latest(self) -> tuple[dict[str, Tensor], Progress] | None:
         """Tensors and progress of the newest checkpoint; None if there is none.
@@ -178,21 +185,35 @@ def _read(path: str, prefix: str = "") -> _Content:
     return tensors, metadata
 
 
-def agreed_step(checkpoints: CheckpointFolder, gather: FeatureGather | None, device: torch.device) -> int:
-    """The step of the newest checkpoint, 0 without one, as all processes see it. Collective.
+def agreed_step(
+    checkpoints: CheckpointFolder,
+    gather: FeatureGather | None,
+    device: torch.device,
+    tries: int = LISTING_TRIES,
+    wait_s: float = LISTING_WAIT_S,
+) -> int:
+    """The step of the first process's newest checkpoint, 0 where nobody has one. Collective.
+
+    Network disks show a file to other machines up to a minute late: who does not see it yet looks again, `tries` times.
 
     Raises:
-        CheckpointError: they see different ones.
+        CheckpointError: some process does not see it even then.
     """
-    step = max(checkpoints.steps(), default=0)
+    own = max(checkpoints.steps(), default=0)
     if gather is None:
-        return step
-    seen = gather.rows(torch.tensor([step], device=device)).tolist()
-    if len(set(seen)) > 1:
+        return own
+    seen = gather.rows(torch.tensor([own], device=device)).tolist()
+    step = seen[0] or max(seen)  # a first process that sees nothing is late as well
+    tries_left = tries
+    while not (is_there := not step or checkpoints.has(step)) and tries_left:
+        tries_left -= 1
+        time.sleep(wait_s)
+    if not all(gather.rows(torch.tensor([is_there], device=device)).tolist()):
         told = ", ".join(f"worker {rank} {f'step {own}' if own else 'none'}" for rank, own in enumerate(seen))
         raise CheckpointError(
-            f"{checkpoints.uri}: the workers see different newest checkpoints ({told}); root in the cluster file has "
-            "to be one place that all machines share, a network file system or s3://"
+            f"{checkpoints.uri}: not all workers see the checkpoint of step {step}, even after {tries * wait_s:.0f} s "
+            f"(newest at first: {told}); root in the cluster file has to be one place that all machines share, a "
+            "network file system or s3://"
         )
     return step
 
