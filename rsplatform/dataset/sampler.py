@@ -98,10 +98,6 @@ class GlobalSampler:
         """int64 (batch_size,) sample indices of global batch `step`; `[rank::world]` is a rank's share."""
         return self._draws.batch(step)
 
-    def epoch(self, step: int) -> float:
-        """How often the samples have been seen before `step`."""
-        return step * self.batch_size / self.num_samples
-
     @cached_property
     def _draws(self) -> Draws:
         size = self.batch_size

@@ -58,6 +58,8 @@ def load_openmammut(path: Path | str, config: Mapping[str, Any] | None = None) -
         ours = tensors_of_layout(tensors, mammut_config)
     except KeyError as error:
         raise WeightsError(f"{path}: the key {error} of the openMaMMUT layout is missing") from error
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
     if tensors:
         raise WeightsError(f"{path}: keys that the config ({origin}) has no place for: {sorted(tensors)[:5]}")
     return model_from_tensors(mammut_config, ours, str(path)), mammut_config

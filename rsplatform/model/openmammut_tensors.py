@@ -21,12 +21,17 @@ BLOCK_PARTS = {
 
 
 def tensors_of_layout(tensors: dict[str, Tensor], config: MammutConfig) -> dict[str, Tensor]:
-    """Our tensors by our names; takes what it uses out of `tensors`, so that what remains is unknown."""
+    """Our tensors by our names; takes what it uses out of `tensors`, so that what remains is unknown.
+
+    Raises:
+        KeyError: a tensor that the config has a place for is missing.
+        ValueError: positions that are not those of the class token and a square.
+    """
     take = tensors.pop
     # current open_clip's name of the vocabulary head; the fork's means something else there: the text's projection
     head_key = "text.lm_head" if "text.lm_head" in tensors or config.text.projection else "text.text_projection"
     positions_ND = take("visual.positional_embedding")
-    grid = math.isqrt(len(positions_ND) - 1)
+    grid = _grid(len(positions_ND))
     ours = {
         "vision.class_token_D": take("visual.class_embedding"),
         "vision.class_position_D": positions_ND[0],
@@ -53,6 +58,17 @@ def tensors_of_layout(tensors: dict[str, Tensor], config: MammutConfig) -> dict[
     for index in range(len(range(0, config.text.num_layers, config.text.cross_attention_every))):
         ours |= _take_cross_block(tensors, f"text.cross_attn.{index}", f"text.cross_blocks.{index}")
     return {name: tensor.contiguous() for name, tensor in ours.items()}
+
+
+def _grid(num_positions: int) -> int:
+    """Patches on a side of the square whose positions come with a class token's."""
+    grid = math.isqrt(max(0, num_positions - 1))
+    if num_positions != 1 + grid**2:
+        raise ValueError(
+            f"visual.positional_embedding has {num_positions} positions, which are not a class token's and those of a "
+            "square grid; models of pictures that are not square are not supported"
+        )
+    return grid
 
 
 def _take_affine(tensors: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:

@@ -38,6 +38,17 @@ def test_a_variant_comes_in_computes_the_same_and_goes_out(tmp_path, ratio, has_
     assert config_of_layout(layout_config(config), "test") == config
 
 
+def test_pictures_that_are_not_square_are_refused_by_name(tmp_path):
+    original, layout = reference(1, True, 4)
+    weights = {name: value.contiguous() for name, value in original.state_dict().items()}
+    positions_ND = weights["visual.positional_embedding"]
+    for num_positions in (0, 1 + 2 * 3, 1 + 3 * 4):  # four rows of 2, of a picture of 16 by 16, and a class token's
+        weights["visual.positional_embedding"] = positions_ND[:1].repeat(num_positions, 1)
+        save_file(weights, tmp_path / "m.safetensors")
+        with pytest.raises(WeightsError, match=rf"m.safetensors: .*positional_embedding has {num_positions} positions"):
+            load_openmammut(tmp_path / "m.safetensors", layout)
+
+
 @pytest.mark.parametrize(("ratio", "layers", "is_told"), [(1, 4, True), (2, 12, True), (3, 4, False), (2, 4, False)])
 def test_a_missing_ratio_follows_from_the_blocks_or_is_an_error(tmp_path, ratio, layers, is_told):
     """4 layers have 2 cross-attention blocks with a ratio of 2 and of 3, which compute different logits."""
