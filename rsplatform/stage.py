@@ -67,13 +67,15 @@ def finished(config: StageConfig, cluster: Cluster) -> Artifact | None:
 def open_stage(config: StageConfig, cluster: Cluster) -> Iterator[Stage]:
     """Open the stage of an unfinished artifact; commits on success, leaves it unfinished and marks FAILED otherwise.
 
-    Call `finished` first. Raises ArtifactError (also where another process is at work on it), StorageError or
-    TrackingError before any work is done.
+    Call `finished` first. Raises ArtifactError (also where another process is at work on it, or an input has lost
+    files), StorageError or TrackingError before any work is done.
     """
     storage.check_writable(cluster.root)
     artifact = Artifact(cluster.root, config.output)
     recipe = recipe_identity(config, cluster)
     artifacts.check_recipe(artifact, recipe)
+    for ref in recipe["inputs"]:
+        artifacts.check_sizes(Artifact(cluster.root, ref))
     with lease.held(artifact) as held:
         if artifacts.begin(artifact, recipe) is not None:
             raise ArtifactError(f"{artifact.uri} was finished by another process just now; run the same command again")

@@ -1,6 +1,7 @@
 """Stages: no-op, resume, refusal, plans, lineage in MLflow; what failed is told as it failed."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -74,6 +75,21 @@ def test_a_failed_stage_is_resumed_under_the_same_run(cluster: Cluster, monkeypa
     monkeypatch.setenv("REPAIRED", "1")
     run_id = storage.read_json(Artifact(cluster.root, config.output).path("recipe.json"))["mlflow_run_id"]
     assert copy(config, cluster).manifest()["mlflow_run_id"] == run_id
+
+
+def test_an_input_that_lost_something_is_named_before_any_work(cluster: Cluster) -> None:
+    source = copy(CopyConfig(output="text/whole/v1"), cluster)
+    config = CopyConfig(output="text/of_damaged/v1", source=source.ref)
+    path = Path(source.path("text"))
+    path.write_bytes(b"hel")
+    with pytest.raises(ArtifactError, match="whole/v1/text has 3 bytes, its manifest says 5; delete"):
+        copy(config, cluster)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="whole/v1/text is missing; delete"):
+        copy(config, cluster)
+    assert not Path(cluster.root, config.output).exists()
+    path.write_bytes(b"hello")
+    assert copy(config, cluster).is_finished
 
 
 def test_an_error_survives_a_tracking_that_fails_too(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
