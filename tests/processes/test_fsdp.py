@@ -48,7 +48,7 @@ def make_model(case: Case = CASES["softmax"]) -> Mammut:
     what is drawn at random for each sample."""
     sizes = {"text_num_layers": 3, "self_mlp_before_cross": False, "cross_mlp": True, "vision_pooling": "map"}
     sizes |= {"logit_bias": case.loss.contrastive == "sigmoid", "ground_sample_distance_encoding": True}
-    sizes |= {"patch_dropout": 0.25, "cropped_positions": True}
+    sizes |= {"patch_dropout": 0.25, "cropped_positions": True, "ground_sample_distance_positions": True}
     model = tiny_model(**sizes).double()
     with torch.no_grad():
         model.log_logit_scale.add_(case.above)

@@ -162,7 +162,8 @@ def test_validation_is_repeatable_and_leaves_the_model_training() -> None:
 
 
 def options_model(seed: int = 0):
-    return tiny_model(seed, logit_bias=True, ground_sample_distance_encoding=True)
+    scale = {"ground_sample_distance_encoding": True, "ground_sample_distance_positions": True}
+    return tiny_model(seed, logit_bias=True, **scale)
 
 
 def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> None:
@@ -176,7 +177,7 @@ def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> Non
     assert all(after[f"val_{name}"] < before[f"val_{name}"] for name in ("loss", "contrastive", "caption"))
     assert {"logit_bias", "z_loss"} <= set(reports[0])
     learned, start = engine.model.state_dict(), options_model().state_dict()
-    for name in ("logit_bias", "vision.scale_encoding.weight_DF"):
+    for name in ("logit_bias", "vision.scale_encoding.weight_DF", "vision.scale_positions.gain_D"):
         assert not torch.equal(learned[name], start[name])
 
 
