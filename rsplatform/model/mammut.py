@@ -136,7 +136,7 @@ class Mammut(nn.Module):
         """Both passes over normalised images and token ids (0 = pad), the image tokens computed once.
 
         The ground sample distance is that of the pixels given here, NaN where unknown; only a model with
-        `vision.ground_sample_distance_encoding` reads it. `z_loss_weight` is LossConfig's. What is
+        `vision.ground_sample_distance_encoding` or `…_positions` reads it. `z_loss_weight` is LossConfig's. What is
         drawn at random in training follows from the samples' keys (draws.py), None: from torch's generator.
         """
         image_tokens_BND = self.vision(images_BCHW, ground_sample_distance_m_B, sample_keys_B)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rsplatform.model.draws import PATCH_DROPOUT, fresh_keys, random_bits
 from rsplatform.model.positions import cropped_positions, interpolate_positions
-from rsplatform.model.scale_encoding import ScaleEncoding
+from rsplatform.model.scale_encoding import ScaleEncoding, ScalePositions
 from rsplatform.model.transformer import EncoderBlock, Mlp, fill_normal, initialise_blocks
 
 
@@ -22,7 +22,9 @@ from rsplatform.model.transformer import EncoderBlock, Mlp, fill_normal, initial
 class VisionConfig:
     """A ViT. Pooling: "map" learned-query attention, "mean" over patches, "mean_all" over patches and class token.
 
-    `ground_sample_distance_encoding`: patches are told how many metres a pixel covers (scale_encoding.py).
+    `ground_sample_distance_encoding`: patches are told how many metres a pixel covers.
+    `ground_sample_distance_positions`: they get positions on a grid of metres beside the learned ones
+    (scale_encoding.py has both).
     """
 
     width: int
@@ -39,6 +41,7 @@ class VisionConfig:
     cropped_position_grid: int = 64
     patch_dropout: float = 0.0
     ground_sample_distance_encoding: bool = False
+    ground_sample_distance_positions: bool = False
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -51,6 +54,10 @@ class VisionConfig:
             raise ValueError(f"vision.width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.ground_sample_distance_positions and self.width % 4:
+            raise ValueError(
+                f"vision.width {self.width} is not a multiple of 4, as ground_sample_distance_positions need"
+            )
         if not 0.0 <= self.patch_dropout < 1.0:
             raise ValueError(f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
 
@@ -120,6 +127,7 @@ class VisionEncoder(nn.Module):
         self.position_HWD = nn.Parameter(torch.empty(grid, grid, width))
         self.class_token_D = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.scale_encoding = ScaleEncoding(width) if config.ground_sample_distance_encoding else None
+        self.scale_positions = ScalePositions(width) if config.ground_sample_distance_positions else None
         # only ever added to the class token; apart so that a checkpoint of others goes out as it came in
         self.class_position_D = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.norm_input = nn.LayerNorm(width) if config.input_norm else nn.Identity()
@@ -163,10 +171,12 @@ class VisionEncoder(nn.Module):
         """
         keys_B = self._drawing_keys(images_BCHW, sample_keys_B)
         patches_BHWD = self.patch_embedding(self._patches(images_BCHW))
+        if ground_sample_distance_m_B is None:  # run all the same: engines want each parameter in each step
+            ground_sample_distance_m_B = patches_BHWD.new_full((len(patches_BHWD),), torch.nan)
         if self.scale_encoding is not None:
-            if ground_sample_distance_m_B is None:  # run all the same: engines want each parameter in each step
-                ground_sample_distance_m_B = patches_BHWD.new_full((len(patches_BHWD),), torch.nan)
             patches_BHWD = patches_BHWD + self.scale_encoding(ground_sample_distance_m_B)[:, None, None]
+        if self.scale_positions is not None:
+            patches_BHWD = patches_BHWD + self.scale_positions(ground_sample_distance_m_B, patches_BHWD.shape[1:3])
         tokens_BND = (patches_BHWD + self._positions(patches_BHWD, keys_B)).flatten(1, 2)
         if keys_B is not None and self.config.patch_dropout > 0 and not keeps_patches:
             tokens_BND = drop_patches(tokens_BND, self.config.patch_dropout, keys_B)

@@ -17,7 +17,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "vision.position_HWD",
         "vision.class_",
         "vision.norm_input.",
-        "vision.scale_encoding.",
+        "vision.scale_",
         "vision.blocks.",
     ),
     "vision_pooling": ("vision.pool.", "vision.norm_output.", "vision.projection."),

@@ -24,9 +24,9 @@ class DamagedDataError(RuntimeError):
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """All of it is our default [D]. A step is left out if its loss or gradient norm is not finite, or its loss lies more
-    than `spike_deviations` robust standard deviations above the median of the last `window_steps` accepted losses; one
-    more than `max_skipped_steps` such steps in a row ends the run. No limit applies until the window is full.
+    """All of it is our default [D]. A step is left out if its loss or gradient norm is not finite, or its loss lies
+    more than `spike_deviations` robust standard deviations above the median of the last `window_steps` accepted losses;
+    one more than `max_skipped_steps` such steps in a row ends the run. No limit applies until the window is full.
 
     `max_skipped_steps`: a bad batch or two cost their own steps, while weights gone bad, which no skipping mends, show
     within a few. Long runs on pictures that nobody has seen may want more. 0 turns it off: no loss is a spike, and the

@@ -131,6 +131,8 @@ def _vision_rest(shape: SampleShape) -> float:
     if vision.cropped_positions:
         learned = vision.image_size // vision.patch_size
         total += size * (grid * learned * vision.width + grid**2 * learned)
+    if vision.ground_sample_distance_positions:
+        total += FLOAT32_BYTES * grid**2 * vision.width
     if vision.input_norm:
         total += num_tokens * FLOAT32_BYTES * (vision.width + 2)
     total += num_tokens * size * (vision.width + shape.model.text.width)

@@ -1,9 +1,9 @@
 """The default of `micro_batch_size`: as many samples at a time as the card of the placement holds, by arithmetic.
 
 In: one worker's step and its memory. Out: a divisor of its batch, or a sentence that names the settings with which one
-sample would fit. A recipe's own number is held to the same arithmetic. A pure function of recipe and placement: a run that goes on in the same place goes on bitwise. On
-another card the pieces may have another size, and then sums are rounded otherwise, no more: what is drawn for a sample
-follows from its place in the global batch.
+sample would fit; a recipe's own number is held to the same arithmetic. A pure function of recipe and placement: a run
+that goes on in the same place goes on bitwise. On another card the pieces may have another size, and then sums are
+rounded otherwise, no more: what is drawn for a sample follows from its place in the global batch.
 """
 
 from collections.abc import Iterator

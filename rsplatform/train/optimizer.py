@@ -24,6 +24,7 @@ _BEFORE_BLOCKS = (
     "class_position_D",
     "norm_input",
     "scale_encoding",
+    "scale_positions",
     "token_embedding_VD",
     "position_TD",
 )

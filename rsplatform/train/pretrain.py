@@ -24,6 +24,9 @@ from rsplatform.train.optimizer import AveragedWeights
 from rsplatform.train.step import AuxiliaryLoss, StepConfig, prepare_step
 
 EMA = "ema/"
+# How often the loop asks whether a checkpoint is wanted at once: asking Ray is a barrier of milliseconds, and a machine
+# that is taken away is announced half a minute before, or more.
+ASK_EVERY_SECONDS = 1.0
 
 
 class TrainingDivergedError(RuntimeError):
@@ -89,8 +92,9 @@ class Hooks:
 
     `auxiliary_loss(model, step) -> (loss, detached parts)` is added to MaMMUT's loss (self-training's patch loss);
     it runs the module itself, so it is only for engines that keep it whole. `frozen_parts(step)` names the parts of the
-    model (freezing.py) that the step leaves as they are. `wants_checkpoint()` is asked after each report whether one
-    has to be saved at once.
+    model (freezing.py) that the step leaves as they are. `wants_checkpoint()` is asked every
+    second, after a step, whether one has to be saved at once: by the first process's clock, so that all processes ask
+    equally often.
 
     Each is called on every process (state, validation and that question are collective); write on rank 0 only.
     """
@@ -130,7 +134,7 @@ def fit(
     world_size = engine.gather.world_size if engine.gather else 1
     devices = Devices(world_size, engine.device, config.peak_tflops)
     started = time.perf_counter() - progress.elapsed_s
-    last_save_s, window = progress.elapsed_s, Window()
+    last_save_s, last_asked_s, window = progress.elapsed_s, progress.elapsed_s, Window()
     frozen: Collection[str] = ()
     with closing(batches(progress.step, config.num_steps)) as stream:
         while progress.step < config.num_steps and not progress.stopped:
@@ -139,7 +143,7 @@ def fit(
             data_wait_s = time.perf_counter() - waiting_since
             frozen = _freeze(engine, hooks, progress.step, frozen)
             elapsed_s = time.perf_counter() - started
-            votes = _votes(config, elapsed_s, elapsed_s - last_save_s, engine)
+            votes = _votes(config, hooks, (elapsed_s, elapsed_s - last_save_s, elapsed_s - last_asked_s), engine)
             rate = learning_rate(progress.step)
             outcome = _take_step(engine, batch, progress, Plan(config, hooks.auxiliary_loss, rate, votes))
             if averaged and outcome.values:
@@ -147,12 +151,13 @@ def fit(
             window.add(outcome.values, len(batch.sample_ids) * world_size, data_wait_s, batch.images_BHWC.shape[1])
             progress = _advance(progress, time.perf_counter() - started, config, outcome)
             is_last = progress.step == config.num_steps or bool(progress.stopped)
-            saves = is_last or outcome.saves or _is_due(progress.step, config.checkpoint_every_steps)
+            last_asked_s = progress.elapsed_s if outcome.votes.asks else last_asked_s
+            saves = _is_wanted(hooks, outcome.votes) or outcome.votes.saves or is_last
+            saves = saves or _is_due(progress.step, config.checkpoint_every_steps)
             if is_last or progress.step % config.report_every_steps == 0:
                 counted = {"learning_rate": rate} | progress.guard.counts
                 hooks.report(window.metrics(engine.model.config, devices) | counted, progress.step)
                 window = Window()
-                saves = (hooks.wants_checkpoint is not None and hooks.wants_checkpoint()) or saves
             if hooks.validate and (is_last or _is_due(progress.step, config.validate_every_steps)):
                 with window.aside() as spent:
                     held_out = hooks.validate()
@@ -165,22 +170,29 @@ def fit(
     return progress
 
 
+class Votes(NamedTuple):
+    """What the clock says is due after a step: to stop, to save, to ask whether a checkpoint is wanted."""
+
+    stops: bool = False
+    saves: bool = False
+    asks: bool = False
+
+
 class Plan(NamedTuple):
-    """How a step is taken, and this process's votes to (stop, save) after it."""
+    """How a step is taken, and this process's votes."""
 
     config: LoopConfig
     auxiliary_loss: AuxiliaryLoss | None
     learning_rate: float
-    votes: list[bool]
+    votes: Votes
 
 
 class Outcome(NamedTuple):
-    """What all processes know of a step: its values (none if it was skipped), the guard's state, stop, save."""
+    """What all processes know of a step: its values (none if it was skipped), the guard's state, what is due."""
 
     values: dict[str, float]
     guard: GuardState
-    stops: bool
-    saves: bool
+    votes: Votes
 
 
 def _take_step(engine: Engine, batch: Batch, progress: Progress, plan: Plan) -> Outcome:
@@ -190,7 +202,7 @@ def _take_step(engine: Engine, batch: Batch, progress: Progress, plan: Plan) -> 
         seen = guard.in_new_phase(seen)
     prepared = prepare_step(engine, batch, progress.step, config.step_config(progress.step), plan.auxiliary_loss)
     read = {"undecodable": torch.tensor(float(batch.undecodable), device=engine.device)}
-    values, (stops, saves) = _agree(engine, prepared.parts | read, plan.votes)
+    values, votes = _agree(engine, prepared.parts | read, plan.votes)
     world_size = engine.gather.world_size if engine.gather else 1
     num_drawn = (progress.step + 1) * len(batch.sample_ids) * world_size
     seen = guard.after_reading(seen, values.pop("undecodable") * world_size, num_drawn, config.guard)
@@ -202,8 +214,8 @@ def _take_step(engine: Engine, batch: Batch, progress: Progress, plan: Plan) -> 
     if objection:
         seen = guard.after_skipped(seen)
         _check_patience(objection, seen, progress.step, plan)
-        return Outcome({}, seen, stops, saves)
-    return Outcome(values, guard.after_accepted(seen, values["loss"], config.guard), stops, saves)
+        return Outcome({}, seen, votes)
+    return Outcome(values, guard.after_accepted(seen, values["loss"], config.guard), votes)
 
 
 def _check_engine(engine: Engine, hooks: Hooks) -> None:
@@ -236,26 +248,31 @@ def _freeze(engine: Engine, hooks: Hooks, step: int, frozen: Collection[str]) ->
 
 def _advance(progress: Progress, elapsed_s: float, config: LoopConfig, outcome: Outcome) -> Progress:
     step = progress.step + 1
-    early = outcome.stops and step < config.num_steps
+    early = outcome.votes.stops and step < config.num_steps
     stopped = f"max_minutes {config.max_minutes} reached after step {step}" if early else ""
     return Progress(step, elapsed_s, stopped, outcome.guard)
 
 
-def _votes(config: LoopConfig, elapsed_s: float, since_save_s: float, engine: Engine) -> list[bool]:
-    """(stop now, save now) as the first process's clock sees it; the other processes abstain."""
+def _votes(config: LoopConfig, hooks: Hooks, elapsed_s: tuple[float, float, float], engine: Engine) -> Votes:
+    """As the first process's clock sees it: seconds of the run, since it saved and since it asked. Others abstain."""
     if engine.gather is not None and engine.gather.rank != 0:
-        return [False, False]
-    limits = ((config.max_minutes, elapsed_s), (config.checkpoint_every_minutes, since_save_s))
-    return [minutes is not None and seconds >= minutes * 60 for minutes, seconds in limits]
+        return Votes()
+    asks = None if hooks.wants_checkpoint is None else ASK_EVERY_SECONDS / 60
+    limits = zip((config.max_minutes, config.checkpoint_every_minutes, asks), elapsed_s, strict=True)
+    return Votes(*(minutes is not None and seconds >= minutes * 60 for minutes, seconds in limits))
 
 
-def _agree(engine: Engine, parts: dict[str, Tensor], votes: list[bool]) -> tuple[dict[str, float], list[bool]]:
+def _is_wanted(hooks: Hooks, votes: Votes) -> bool:
+    return votes.asks and hooks.wants_checkpoint is not None and hooks.wants_checkpoint()
+
+
+def _agree(engine: Engine, parts: dict[str, Tensor], votes: Votes) -> tuple[dict[str, float], Votes]:
     """Means of the parts over processes and the votes of any of them, in one collective call."""
     values = [part.double() for part in parts.values()]
     values += [torch.tensor(float(vote), dtype=torch.float64, device=engine.device) for vote in votes]
     agreed = mean_over_processes(torch.stack(values), engine.gather).tolist()
     means = dict(zip(parts, agreed[: len(parts)], strict=True))
-    return means, [vote > 0 for vote in agreed[len(parts) :]]
+    return means, Votes(*(vote > 0 for vote in agreed[len(parts) :]))
 
 
 def _check_patience(objection: str, seen: GuardState, step: int, plan: Plan) -> None:

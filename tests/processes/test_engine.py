@@ -52,10 +52,11 @@ def train(kind: str, loss: LossConfig, kind_after: str | None = None) -> dict[st
             moments = {name: value for name, value in saved[0][0].items() if name.startswith(FIRST_MOMENT)}
             gradients.update({f"gradient/{name}": value / (1 - OPTIMIZER.betas[0]) for name, value in moments.items()})
 
-    hooks = Hooks(report, save, wants_checkpoint=lambda: len(losses) == 1)
+    hooks = Hooks(report, save)
     halves = [kind, kind_after] if kind_after else [kind]
     for half, name in enumerate(halves, 1):
-        config = LoopConfig(NUM_STEPS * half // len(halves), 3, loss, ema_decay=0.8, report_every_steps=1)
+        num_steps = NUM_STEPS * half // len(halves)
+        config = LoopConfig(num_steps, 3, loss, ema_decay=0.8, report_every_steps=1, checkpoint_every_steps=1)
         fit(make_engine(name, loss), tiny_loader(share).batches, lambda step: 1e-3, config, hooks, *saved)
     return saved[0][0] | gradients | {"losses": torch.tensor([losses[step] for step in sorted(losses)])}
 

@@ -51,7 +51,7 @@ def make_model(case: Case = CASES["softmax"]) -> Mammut:
     what is drawn at random for each sample."""
     sizes = {"text_num_layers": 3, "self_mlp_before_cross": False, "cross_mlp": True, "vision_pooling": "map"}
     sizes |= {"logit_bias": case.loss.contrastive == "sigmoid", "ground_sample_distance_encoding": True}
-    sizes |= {"patch_dropout": 0.25, "cropped_positions": True}
+    sizes |= {"patch_dropout": 0.25, "cropped_positions": True, "ground_sample_distance_positions": True}
     model = tiny_model(**sizes).double()
     with torch.no_grad():
         model.log_logit_scale.add_(case.above)
@@ -173,14 +173,18 @@ def assert_the_loop_equals() -> None:
         lambda: PlainEngine(tiny_model(), OPTIMIZER, gather_of_default_group()),
         lambda: FsdpEngine(tiny_model(), OPTIMIZER),
     ):
-        engine, reported, saved = make(), [], {}
+        engine, reported, saved, asked = make(), [], {}, []
         hooks = Hooks(
             report=lambda metrics, step, reported=reported: reported.append({**metrics, "step": step}),
             save=lambda tensors, progress, saved=saved: saved.update(tensors),
             validate=lambda engine=engine: validation_losses(engine, tiny_loader().batches, 2, StepConfig()),
+            wants_checkpoint=lambda asked=asked: asked.append(dist.barrier()) or False,
         )
         config = LoopConfig(3, ema_decay=0.8, report_every_steps=1, validate_every_steps=1)
-        fit(engine, tiny_loader(share).batches, lambda step: 1e-3, config, hooks)
+        with pytest.MonkeyPatch.context() as patch:  # processes whose clocks disagree ask at the same steps
+            patch.setattr("rsplatform.train.pretrain.ASK_EVERY_SECONDS", 0.0 if share.rank == 0 else 3600.0)
+            fit(engine, tiny_loader(share).batches, lambda step: 1e-3, config, hooks)
+        assert len(asked) == 3
         names = ("loss", "gradient_norm", "val_loss", "val_caption", "val_contrastive")
         values = [row[name] for row in reported for name in names if name in row]
         results.append(saved | {"values": torch.tensor(values)})

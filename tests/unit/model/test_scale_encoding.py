@@ -1,4 +1,4 @@
-"""The encoding of the ground sample distance: its formula, that unknown and untrained add nothing, and who reads it."""
+"""The encodings of the ground sample distance: their formulas, that unknown and untrained add nothing, and readers."""
 
 import math
 
@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from rsplatform.model.mammut import Mammut
-from rsplatform.model.scale_encoding import ScaleEncoding, scale_features
+from rsplatform.model.scale_encoding import ScaleEncoding, scale_features, scaled_positions
 from tests.unit.model.test_mammut import small_model, some_batch
 
+BOTH = {"ground_sample_distance_encoding": True, "ground_sample_distance_positions": True}
 DISTANCES_M = torch.tensor([0.3, math.nan, 10.0])
 
 
 def conditioned(**settings) -> Mammut:
-    """A model whose encoding has learned something."""
-    model = small_model(ground_sample_distance_encoding=True, **settings)
-    encoding = model.vision.scale_encoding
-    assert encoding is not None
+    """A model whose encodings have learned something; `settings` may leave one out."""
+    model = small_model(**(BOTH | settings))
     with torch.no_grad():
-        encoding.weight_DF.normal_(generator=torch.Generator().manual_seed(2))
+        for encoding in (model.vision.scale_encoding, model.vision.scale_positions):
+            for parameter in encoding.parameters() if encoding is not None else ():
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
     return model
 
 
@@ -34,6 +35,26 @@ def test_it_equals_its_formula():
         torch.testing.assert_close(actual, encoding.weight_DF @ features)
 
 
+def test_positions_equal_scale_maes_formula():
+    """Section 3.1 of arXiv 2212.14532, written out: wave i of a place has the angle g / G * place / 10000^(2 i / D), D
+    being the half of the channels that an axis has."""
+    width, grid = 12, (3, 4)
+    for distance_m in (0.3, 1.0, 10.0):
+        found_HWD = scaled_positions(torch.tensor([distance_m], dtype=torch.float64), grid, width)[0]
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                expected = []
+                for place in (column, row):
+                    angles = [distance_m / 1.0 * place / 10000 ** (2 * i / (width / 2)) for i in range(width // 4)]
+                    expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+                torch.testing.assert_close(found_HWD[row, column], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_same_metres_are_the_same_position_at_every_distance():
+    fine, coarse = (scaled_positions(torch.tensor([metres]), (8, 8), 16) for metres in (0.5, 1.0))
+    torch.testing.assert_close(fine[:, ::2, ::2], coarse[:, :4, :4])
+
+
 def test_distances_of_the_field_are_told_apart_by_their_ratio():
     distances_m = torch.logspace(math.log2(0.1), math.log2(30), 100, base=2)
     features_BF = scale_features(distances_m)
@@ -44,8 +65,9 @@ def test_distances_of_the_field_are_told_apart_by_their_ratio():
 
 
 @pytest.mark.parametrize("unknown", [math.nan, 0.0, -1.0, math.inf])
-def test_unknown_adds_exactly_nothing(unknown):
-    model, (images_BCHW, _) = conditioned(), some_batch()
+@pytest.mark.parametrize("left_out", BOTH)
+def test_unknown_adds_exactly_nothing(unknown, left_out):
+    model, (images_BCHW, _) = conditioned(**{left_out: False}), some_batch()
     expected = model.encode_image(images_BCHW)
     assert torch.equal(model.encode_image(images_BCHW, torch.full((3,), unknown)), expected)
     actual = model.encode_image(images_BCHW, torch.tensor([0.3, unknown, 10.0]))
@@ -54,8 +76,9 @@ def test_unknown_adds_exactly_nothing(unknown):
 
 
 def test_it_starts_as_the_model_without_it():
-    plain, fresh = small_model(), small_model(ground_sample_distance_encoding=True)
-    fresh.load_state_dict(plain.state_dict() | {"vision.scale_encoding.weight_DF": torch.zeros(32, 16)})
+    plain, fresh = small_model(), small_model(**BOTH)
+    new = {"vision.scale_encoding.weight_DF": torch.zeros(32, 16), "vision.scale_positions.gain_D": torch.zeros(32)}
+    fresh.load_state_dict(plain.state_dict() | new)
     batch = some_batch()
     for ours, theirs in zip(fresh(*batch, DISTANCES_M), plain(*batch, DISTANCES_M), strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
@@ -86,14 +109,14 @@ def _pooled(model: Mammut, tokens_BND: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("distances_m", [None, DISTANCES_M])
-def test_its_weight_is_part_of_every_step(distances_m):
+def test_their_weights_are_part_of_every_step(distances_m):
     """Also of one without any known distance: sharding engines wait for each parameter's gradient."""
-    model = small_model(ground_sample_distance_encoding=True).train()
+    model = small_model(**BOTH).train()
     output = model(*some_batch(), distances_m)
     (output.caption_loss_sum + output.image_embeddings_BE.sum()).backward()
-    assert model.vision.scale_encoding is not None
-    gradient = model.vision.scale_encoding.weight_DF.grad
-    assert gradient is not None and bool(gradient.any()) == (distances_m is not None)
+    assert model.vision.scale_encoding is not None and model.vision.scale_positions is not None
+    for parameter in (model.vision.scale_encoding.weight_DF, model.vision.scale_positions.gain_D):
+        assert parameter.grad is not None and bool(parameter.grad.any()) == (distances_m is not None)
 
 
 def test_bfloat16_autocast_stays_close_to_float32():

@@ -133,3 +133,8 @@ def test_cropped_positions_act_only_in_training():
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         encoder(**{field: value})
+
+
+def test_scaled_positions_need_channels_for_two_waves_of_two_axes():
+    with pytest.raises(ValueError, match=r"vision\.width 6 is not a multiple of 4"):
+        encoder(width=6, num_heads=1, ground_sample_distance_positions=True)

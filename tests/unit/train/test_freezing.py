@@ -107,6 +107,7 @@ def test_every_parameter_belongs_to_a_part() -> None:
         tied_vocabulary=False,
         logit_bias=True,
         ground_sample_distance_encoding=True,
+        ground_sample_distance_positions=True,
     )
     names = [name for name, _ in model.named_parameters()]
     for parts in (

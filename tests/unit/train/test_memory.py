@@ -41,6 +41,7 @@ SHAPES: list[dict[str, Any]] = [
     {"vision_pooling": "mean_all", "class_token": True, "input_norm": True, "text_pooling": "mean_all"}
     | {"cross_mlp": True, "projection": False, "tied_vocabulary": False},
     {"cropped_positions": True, "patch_dropout": 0.5, "self_mlp_before_cross": False},
+    {"ground_sample_distance_encoding": True, "ground_sample_distance_positions": True},
 ]
 Precision = Literal["float32", "bfloat16"]
 

@@ -49,6 +49,7 @@ def test_rates_decay_from_the_last_block_of_each_tower_to_the_first() -> None:
         class_token=True,
         tied_vocabulary=False,
         ground_sample_distance_encoding=True,
+        ground_sample_distance_positions=True,
     )
     factors = layer_rate_factors(model, 0.5)
     assert factors.keys() == dict(model.named_parameters()).keys()
@@ -59,7 +60,7 @@ def test_rates_decay_from_the_last_block_of_each_tower_to_the_first() -> None:
         "vision.patch_embedding": 0.0625,
         "vision.position_HWD": 0.0625,
         "vision.class_": 0.0625,
-        "vision.scale_encoding.": 0.0625,
+        "vision.scale_": 0.0625,
         "text.blocks.3.": 0.5,
         "text.blocks.2.": 0.25,
         "text.cross_blocks.1.": 0.25,

@@ -12,7 +12,7 @@ from rsplatform.model.recall import recall_at_k
 from rsplatform.train.checkpoint import CheckpointError, CheckpointFolder
 from rsplatform.train.engine import PlainEngine
 from rsplatform.train.optimizer import OptimizerConfig
-from rsplatform.train.pretrain import Hooks, LoopConfig, Progress, TrainingDivergedError, fit
+from rsplatform.train.pretrain import ASK_EVERY_SECONDS, Hooks, LoopConfig, Progress, TrainingDivergedError, fit
 from rsplatform.train.step import StepConfig
 from rsplatform.train.validate import VALIDATION_METRICS, validation_losses
 from tests.unit.train.tiny_training import tiny_loader, tiny_model
@@ -115,18 +115,30 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(tmp_path: 
     assert CheckpointFolder(str(tmp_path)).latest() is None
 
 
-def test_a_checkpoint_that_is_wanted_at_once_is_saved_after_the_next_report() -> None:
+def ask_for_checkpoints(answers: list[bool], num_steps: int) -> list[int]:
+    """The steps that were saved of a run that never reports before its end; what it was not asked for stays."""
     saved: list[int] = []
-    answers = iter([False, True, False])
     hooks = Hooks(
         lambda metrics, step: None,
         lambda tensors, progress: saved.append(progress.step),
-        wants_checkpoint=lambda: next(answers),
+        wants_checkpoint=lambda: answers.pop(0),
     )
-    config = LoopConfig(9, report_every_steps=3)
+    config = LoopConfig(num_steps, report_every_steps=num_steps)
     fit(PlainEngine(tiny_model(), OptimizerConfig()), tiny_loader().batches, lambda step: 1e-3, config, hooks)
-    assert saved == [6, 9]
-    assert next(answers, None) is None
+    return saved
+
+
+def test_a_checkpoint_that_is_wanted_at_once_waits_for_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsplatform.train.pretrain.ASK_EVERY_SECONDS", 0.0)
+    answers = [False, False, True, False, False]
+    assert ask_for_checkpoints(answers, 5) == [3, 5]
+    assert answers == []
+
+
+def test_who_is_asked_for_checkpoints_is_asked_by_the_clock() -> None:
+    answers, started = [True] * 4, time.perf_counter()
+    ask_for_checkpoints(answers, 4)
+    assert 4 - len(answers) <= (time.perf_counter() - started) / ASK_EVERY_SECONDS
 
 
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
@@ -150,7 +162,8 @@ def test_validation_is_repeatable_and_leaves_the_model_training() -> None:
 
 
 def options_model(seed: int = 0):
-    return tiny_model(seed, logit_bias=True, ground_sample_distance_encoding=True)
+    scale = {"ground_sample_distance_encoding": True, "ground_sample_distance_positions": True}
+    return tiny_model(seed, logit_bias=True, **scale)
 
 
 def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> None:
@@ -164,7 +177,7 @@ def test_every_option_of_the_model_and_the_loss_learns_and_is_validated() -> Non
     assert all(after[f"val_{name}"] < before[f"val_{name}"] for name in ("loss", "contrastive", "caption"))
     assert {"logit_bias", "z_loss"} <= set(reports[0])
     learned, start = engine.model.state_dict(), options_model().state_dict()
-    for name in ("logit_bias", "vision.scale_encoding.weight_DF"):
+    for name in ("logit_bias", "vision.scale_encoding.weight_DF", "vision.scale_positions.gain_D"):
         assert not torch.equal(learned[name], start[name])
 
 

@@ -1,5 +1,7 @@
 """A small finished dataset artifact over a web_pairs and a chips artifact, as the stages before training leave them."""
 
+from collections.abc import Sequence
+
 import lance
 import pyarrow as pa
 
@@ -9,8 +11,11 @@ from rsplatform.records import SAMPLE_SCHEMA
 from tests.unit.train.tiny_training import TinyStore
 
 
-def make_tiny_dataset(root: str, num_samples: int = 24, num_validation: int = 8) -> None:
-    """web_pairs/tiny/v1 and chips/tiny/v1 with half of the samples each, and dataset/tiny/v1 over both."""
+def make_tiny_dataset(
+    root: str, num_samples: int = 24, num_validation: int = 8, sources: Sequence[str] = ("web_pairs", "chips")
+) -> None:
+    """web_pairs/tiny/v1 and chips/tiny/v1 with half of the samples each, and dataset/tiny/v1 over both, in whose eyes
+    the samples come from `sources` in turn."""
     store = TinyStore(num_samples + num_validation)
     rows = []
     for kind in ("web_pairs", "chips"):
@@ -24,12 +29,12 @@ def make_tiny_dataset(root: str, num_samples: int = 24, num_validation: int = 8)
                 "id": store.ids[index],
                 "table": f"{kind}/tiny/v1",
                 "row": row,
-                "source": kind,
+                "source": sources[index % len(sources)],
                 "captions": store.captions(index),
                 "caption_weights": [1.0, 1.0],
                 "split": "train" if index < num_samples else "val",
                 "weight": 1.0,
-                "ground_sample_distance_m": float("nan"),
+                "ground_sample_distance_m": store.distance_m(index),
             }
             for row, index in enumerate(members)
         ]
