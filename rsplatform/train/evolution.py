@@ -22,8 +22,8 @@ from rsplatform.train.population import Member, Population, member_recipe, next_
 from rsplatform.train.pretrain import TrainingDivergedError
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.sweep_recipe import TuneConfig
-from rsplatform.train.trials import RESULT, SweepError, Trial, trial_placement
-from rsplatform.train.worker import read_history, run_worker
+from rsplatform.train.trials import RESULT, SweepError, Trial, last_measured, trial_placement
+from rsplatform.train.worker import run_worker
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,10 @@ def _train_missing(
 
 
 def train_generation(job: WorkerJob, objective: str) -> dict[str, Any]:
-    """Train a member's job to its end, once its last checkpoint stands leave its result, and return it.
-
-    The objective is read from the history, which a run that died after its last checkpoint has left too.
-    """
+    """Train a member's job to its end, once its last checkpoint stands leave its result, and return it."""
     try:
         run_worker(job)
-        row = next(row for row in reversed(read_history(job.folder)) if objective in row)
-        result = {"step": row["step"], objective: row[objective], "stopped_early": False}
+        result: dict[str, Any] = last_measured(job.folder, objective) | {"stopped_early": False}
     except TrainingDivergedError as error:
         result = {"step": 0, "stopped_early": True, "diverged": str(error)}
     storage.write_json(f"{job.folder}/{RESULT}", result)

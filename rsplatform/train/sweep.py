@@ -30,7 +30,7 @@ from rsplatform.train.population import Population
 from rsplatform.train.pretrain import TrainingDivergedError
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.sweep_recipe import Asha, TuneConfig
-from rsplatform.train.trials import RESULT, SweepError, Trial, open_trial, trial_placement
+from rsplatform.train.trials import RESULT, SweepError, Trial, last_measured, open_trial, trial_placement
 from rsplatform.train.worker import run_worker
 
 BEST_RECIPE = "best.yaml"
@@ -184,7 +184,12 @@ def _trial(parameters: Mapping[str, Any], jobs: Sequence[WorkerJob], objective: 
                 storage.write_json(f"{job.folder}/{RESULT}", last | {"stopped_early": False})
             ray_tune.report({"step": step, objective: metrics[objective]})
 
-    run_worker(replace(job, on_report=report))
+    progress = run_worker(replace(job, on_report=report))
+    if not storage.exists(f"{job.folder}/{RESULT}"):  # its minutes ended it, or it had ended before it was started
+        found = {"step": 0} | last_measured(job.folder, objective)
+        storage.write_json(f"{job.folder}/{RESULT}", found | {"stopped_early": progress.step < job.num_steps})
+        if not last and objective in found:
+            ray_tune.report(found)  # the others are measured by it, too
 
 
 def _record_stopped(job: WorkerJob, metrics: Mapping[str, Any], objective: str) -> None:

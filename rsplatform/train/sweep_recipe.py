@@ -44,7 +44,11 @@ CHANGES_MEANING: dict[str, tuple[str, ...]] = {
 
 class Asha(Config):
     """Successive halving (arXiv 1810.05934): whenever a trial validates, it is stopped if it is not among the best
-    1/`reduction_factor` of those that came so far; none before `grace_steps`."""
+    1/`reduction_factor` of those that came so far; none before `grace_steps`.
+
+    What came so far is in the driver's memory. A sweep that goes on keeps every result that stands, and measures the
+    trials without one against each other alone, at the steps that they report from then on.
+    """
 
     type: Literal["asha"] = "asha"
     grace_steps: int = Field(default=1, ge=1)

@@ -11,6 +11,7 @@ from rsplatform.cluster import Cluster, TrainPlacement
 from rsplatform.stage import Stage
 from rsplatform.train.search_space import Values
 from rsplatform.train.sweep_recipe import TuneConfig
+from rsplatform.train.worker import read_history
 
 RESULT, TRIAL = "result.json", "trial.json"
 
@@ -56,6 +57,13 @@ def open_trial(config: TuneConfig, cluster: Cluster, stage: Stage, index: int, v
     )
     trial.note(values)
     return trial
+
+
+def last_measured(folder: str, objective: str) -> dict[str, float]:
+    """The last step at which a training measured the objective, and what it was, from the history that lies beside its
+    checkpoints: a run that died after its last one has left it too. Empty if it never did."""
+    row = next((row for row in reversed(read_history(folder)) if objective in row), {})
+    return {name: row[name] for name in ("step", objective) if name in row}
 
 
 def trial_placement(cluster: Cluster) -> TrainPlacement:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from rsplatform import storage
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster
 from rsplatform.stage import finished, input_artifacts, plan, recipe_identity
 from rsplatform.train.sweep_recipe import TuneConfig
+from rsplatform.train.trials import last_measured
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 
@@ -107,3 +109,11 @@ def test_a_sweep_that_could_not_end_well_is_refused_at_load(sweep: dict, words: 
 def test_a_population_ends_by_steps() -> None:
     with pytest.raises(ValueError, match="max_minutes"):
         sweep_config(POPULATION, max_minutes=1.0)
+
+
+def test_a_trials_score_is_the_last_of_its_history(root: str) -> None:
+    assert last_measured(root, "val_loss") == {}
+    rows = [{"step": 2, "val_loss": 3.0}, {"step": 4, "val_loss": 2.5, "validate_s": 0.1}, {"step": 5, "loss": 1.0}]
+    storage.write_json(f"{root}/history.json", rows)
+    assert last_measured(root, "val_loss") == {"step": 4, "val_loss": 2.5}
+    assert last_measured(root, "val_caption") == {}
