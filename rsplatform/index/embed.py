@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from rsplatform.artifacts import open_artifact
 from rsplatform.dataset.store import open_table
-from rsplatform.index.filters import parse_time
 from rsplatform.index.store import index_schema
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.preprocess import ImageError, read_square
+from rsplatform.records import parse_time
 from rsplatform.storage import download_folder, is_s3
 
 MODEL_FOLDER = "model"

@@ -34,11 +34,11 @@ FAR_AWAY = json.dumps(
 )
 
 
-def write_scene(path: Path, *, has_crs: bool = True) -> Path:
+def write_scene(path: Path, *, crs: str | None = "EPSG:32614") -> Path:
     pixels = np.random.default_rng(0).integers(1, 255, (3, 256, 256)).astype(np.uint8)
     profile = {"count": 3, "height": 256, "width": 256, "dtype": "uint8", "tiled": True, "compress": "deflate"}
     profile |= {"blockxsize": 64, "blockysize": 64, "transform": from_origin(500_000, 4_000_000, 2, 2)}
-    with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32614" if has_crs else None, **profile) as target:
+    with rasterio.open(path, "w", driver="GTiff", crs=crs, **profile) as target:
         target.write(pixels)
     return path
 
@@ -54,11 +54,16 @@ def test_bad_scenes_and_blocks_are_ledger_rows(tmp_path: Path, root: str) -> Non
     folder.mkdir()
     for name in ("train_a", "val_b"):
         write_scene(folder / f"{name}.tif")
-    write_scene(folder / "no_crs.tif", has_crs=False)
+    write_scene(folder / "no_crs.tif", crs=None)
     (folder / "broken.tif").write_bytes(b"II*\0")
+    write_scene(folder / "site.tif", crs='LOCAL_CS["site grid",UNIT["metre",1]]')
     config, cluster = config_of(folder), Cluster(root=root)
     scenes, drops = chips._scenes(config, cluster)
-    assert {Path(drop.id).stem: drop.reason for drop in drops} == {"broken": "unreadable", "no_crs": "no_crs"}
+    assert {Path(drop.id).stem: drop.reason for drop in drops} == {
+        "broken": "unreadable",
+        "no_crs": "no_crs",
+        "site": "unusable_crs",
+    }
     assert {scene.id: scene.split for scene in scenes} == {"train_a": "train", "val_b": "val"}
     cut = folder / "train_a.tif"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -134,7 +139,7 @@ def test_chips_without_landmarks_get_no_caption_and_the_reason_says_so(tmp_path:
 
 
 def test_no_usable_scene_and_misspelt_globs_are_errors(tmp_path: Path, root: str) -> None:
-    write_scene(tmp_path / "no_crs.tif", has_crs=False)
+    write_scene(tmp_path / "no_crs.tif", crs=None)
     with pytest.raises(ConfigError, match="none of 1 files is usable: no_crs"):
         chips._scenes(config_of(tmp_path), Cluster(root=root))
     write_scene(tmp_path / "train_a.tif")
