@@ -13,11 +13,11 @@ from rasterio.transform import from_origin
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, load_config
-from rsplatform.curate import chips
+from rsplatform.curate import chips, cut_chips
 from rsplatform.curate.caption import ReadAndDescribe, TemplateCaptioner
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.ledger import read_drops
-from rsplatform.sources.scenes import SceneSource
+from rsplatform.sources.scenes import SceneSource, describe_scene
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FAR_AWAY = json.dumps(
@@ -86,6 +86,25 @@ def cut(config: chips.IngestScenesConfig, cluster: Cluster) -> tuple[dict, list[
     shards, _ = chips._shards(config, scenes)
     counts = run_plain(chips.make_pipeline(config, artifact), shards)
     return counts, lance.dataset(artifact.path(chips.CHIPS_TABLE)).to_table().to_pylist()
+
+
+def test_a_row_of_chips_is_read_in_runs_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strip across a wide scene would not fit a task's memory; the chips are the same however they are read."""
+    path = write_scene(tmp_path / "a.tif")
+    config = config_of(tmp_path)
+    scene = describe_scene("a.tif", str(path), config.scenes[0])
+    windows = cut_chips.windows_of(scene, config.recipe)
+    chip_px = 32 * 33
+    for max_px in (1, 3 * chip_px, 10**9):
+        runs = list(cut_chips.read_together(windows, max_px))
+        assert [window for run in runs for window in run] == windows
+        assert all(cut_chips._area_px(run[0], run[-1]) <= max_px or len(run) == 1 for run in runs)
+        assert all(len({window.chip_row for window in run}) == 1 for run in runs)
+        assert max(len(run) for run in runs) == {1: 1, 3 * chip_px: 5, 10**9: 15}[max_px]
+    shard = {"scene": scene.to_json(), "start": 10, "stop": 40}
+    whole = cut_chips.CutChips(config.recipe)(shard)
+    monkeypatch.setattr(cut_chips, "MAX_READ_PX", 2 * chip_px)
+    assert cut_chips.CutChips(config.recipe)(shard) == whole
 
 
 def test_a_source_decides_whether_chips_without_landmarks_stay(tmp_path: Path, root: str) -> None:
