@@ -63,8 +63,8 @@ def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        folder = local_folder(open_artifact(cluster.root, config.model).path("model"))
-        embedder = Embedder.load(folder, driver_device())
+        with local_folder(open_artifact(cluster.root, config.model).path("model")) as folder:
+            embedder = Embedder.load(folder, driver_device())
         report: dict[str, Any] = {"model": config.model, "model_hash": embedder.model_hash, "benchmarks": {}}
         for benchmark in config.benchmarks:
             result = score(benchmark, config.window, cluster, embedder, stage.run.log_picture)

@@ -51,7 +51,8 @@ def export_model(config: ExportModelConfig, cluster: Cluster) -> Artifact:
     source = open_artifact(cluster.root, config.model)
     verify(source)
     with open_stage(config, cluster) as stage:
-        embedder = Embedder.load(storage.local_folder(source.path("model")))
+        with storage.local_folder(source.path("model")) as folder:
+            embedder = Embedder.load(folder)
         for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
             storage.write_bytes(stage.artifact.path(f"model/{name}"), storage.read_bytes(source.path(f"model/{name}")))
         if config.openmammut:
