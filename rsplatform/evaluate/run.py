@@ -196,9 +196,9 @@ def _segmentation(
 
 def _nearest_colour(benchmark: Segmentation, cluster: Cluster) -> dict[str, NearestColour]:
     """The baseline by its name, if the benchmark asks for it."""
-    if benchmark.nearest_colour_from is None:
+    source = benchmark.colour_source
+    if source is None:
         return {}
-    source = benchmark.model_copy(update={"images": benchmark.nearest_colour_from, "max_images": None})
     pictures = track(masked_pictures(source, cluster), description=f"{benchmark.name}: colours", transient=True)
     return {"nearest_colour": NearestColour(pictures, len(benchmark.classes))}
 

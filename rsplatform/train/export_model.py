@@ -67,7 +67,8 @@ def export_model(config: ExportModelConfig, cluster: Cluster) -> Artifact:
 
 
 def _write_openmammut(source: Artifact, artifact: Artifact) -> None:
-    model, tokenizer = load_model(storage.local_folder(source.path("model")))  # in the dtype of its file
+    with storage.local_folder(source.path("model")) as own:
+        model, tokenizer = load_model(own)  # in the dtype of its file
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_openmammut(folder / WEIGHTS_FILE, model)
