@@ -69,8 +69,8 @@ class RawInput:
         """Readable differences from what `to_json` gave before."""
         old = {name: FileState(*_size_and_stamp(text)) for name, text in known["files"].items()}
         kept = sorted(old.keys() & self.files.keys())
-        resized = [name for name in kept if old[name].size != self.files[name].size]
-        stamped = [name for name in kept if old[name].stamp != self.files[name].stamp]
+        resized = {name for name in kept if old[name].size != self.files[name].size}
+        stamped = {name for name in kept if old[name].stamp != self.files[name].stamp}
         if len(stamped) == len(old) == len(self.files) and not resized and self.sample() == known["sample"]:
             return []  # a copy
         changed = [
@@ -78,7 +78,7 @@ class RawInput:
             if name in resized
             else f"{name} (rewritten)"
             for name in kept
-            if name in {*resized, *stamped}
+            if name in resized or name in stamped
         ]
         added, removed = sorted(self.files.keys() - old.keys()), sorted(old.keys() - self.files.keys())
         found = {"added": added, "removed": removed, "changed": changed}
@@ -189,15 +189,18 @@ def list_states(uri: str) -> dict[str, FileState]:
     """State of every file below `uri` by relative path, sorted; of a file itself as that of ""; {} if there is nothing.
 
     Raises:
-        StorageError: a bucket that cannot be listed.
+        StorageError: a folder or bucket that cannot be listed.
     """
     if storage.is_s3(uri):
         return dict(sorted(_list_objects(uri).items()))
     system, path = storage.filesystem(uri)
-    info = system.get_file_info(path)
-    if info.type == pafs.FileType.File:
-        return {"": FileState(info.size, str(info.mtime_ns))}
-    found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    try:
+        info = system.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            return {"": FileState(info.size, str(info.mtime_ns))}
+        found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise storage.StorageError(f"{uri}: cannot be listed ({error}); see that you may read it") from error
     files = {item.path[len(path.rstrip("/")) + 1 :]: item for item in found if item.type == pafs.FileType.File}
     return {name: FileState(item.size, str(item.mtime_ns)) for name, item in sorted(files.items())}
 
