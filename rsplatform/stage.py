@@ -181,7 +181,8 @@ def _plan(config: StageConfig, cluster: Cluster, made: Mapping[str, str]) -> lis
 def _raw_state(raw: RawInput | None) -> str:
     if raw is None:
         return "gone; what was made of it stands"
-    return f"{len(raw.files):,} files in {raw.place}" if len(raw.files) > 1 else raw.place
+    number = len(raw.files)
+    return f"{number:,} {'file' if number == 1 else 'files'} in {raw.place}"
 
 
 def _artifact_state(item: RecipeInput, cluster: Cluster, made: Mapping[str, str]) -> str:
