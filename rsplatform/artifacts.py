@@ -5,18 +5,19 @@ sha, package versions, MLflow run id, checksums. A folder without one is unfinis
 recipe and refused for another. This module moves no pixels and knows no stage.
 """
 
+import difflib
 import hashlib
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
-
 from rsplatform import storage
+from rsplatform.storage import list_folders
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
@@ -63,10 +64,19 @@ class Artifact:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; ArtifactError if the artifact is missing or unfinished."""
-        if not self.is_finished:
-            state = "is unfinished (no manifest)" if storage.exists(self.uri) else "does not exist"
-            raise ArtifactError(f"{self.uri} {state}; run the job that makes {self.ref} first")
+        absence = self.absence()
+        if absence:
+            raise ArtifactError(f"{self.uri} {absence}; run the job that makes {self.ref} first")
         return storage.read_json(self.path(MANIFEST))
+
+    def absence(self) -> str | None:
+        """What keeps others from reading it, with the names that it may be a slip of; None if it is finished."""
+        if self.is_finished:
+            return None
+        if storage.exists(self.uri):
+            return "is unfinished (no manifest)"
+        similar = similar_refs(self.root, self.ref)
+        return f"does not exist (did you mean {' or '.join(similar)}?)" if similar else "does not exist"
 
     def fingerprint(self) -> str:
         """sha256 of the manifest: changes whenever the artifact was made again."""
@@ -90,13 +100,21 @@ def identity(config: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
     return {"config": config, "inputs": inputs}
 
 
-def begin(artifact: Artifact, recipe: dict[str, Any]) -> dict[str, Any] | None:
+AsNow = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def as_stored(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe, taken as it is."""
+    return config
+
+
+def begin(artifact: Artifact, recipe: dict[str, Any], as_now: AsNow = as_stored) -> dict[str, Any] | None:
     """Claim the artifact's folder for `recipe` (an `identity`); the manifest if it is already finished.
 
     Raises:
         ArtifactError: the folder was made or begun by another recipe; the message lists the differences.
     """
-    check_recipe(artifact, recipe)
+    check_recipe(artifact, recipe, as_now)
     if artifact.is_finished:
         return artifact.manifest()
     if not storage.exists(artifact.path(RECIPE)):
@@ -104,15 +122,17 @@ def begin(artifact: Artifact, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def check_recipe(artifact: Artifact, recipe: dict[str, Any]) -> None:
+def check_recipe(artifact: Artifact, recipe: dict[str, Any], as_now: AsNow = as_stored) -> None:
     """Compare `recipe` with the one that made or began the artifact, if any; writes nothing.
+
+    `as_now` reads a stored recipe as today's code does: fields that it has got since are at their defaults.
 
     Raises:
         ArtifactError: they differ; the message lists the differences.
     """
     known = known_recipe(artifact)
     if known is not None:
-        _refuse_difference(artifact, known, recipe)
+        _refuse_difference(artifact, known | {"config": as_now(known["config"])}, recipe)
 
 
 def known_recipe(artifact: Artifact) -> dict[str, Any] | None:
@@ -147,12 +167,14 @@ def commit(
     counts: dict[str, Any],
     metrics: dict[str, float],
     run_id: str,
+    raw_inputs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the manifest last; from here on the artifact is finished and immutable."""
     manifest = {
         "ref": artifact.ref,
         "config": recipe["config"],
         "inputs": recipe["inputs"],
+        "raw_inputs": raw_inputs or {},
         "counts": counts,
         "metrics": metrics,
         "mlflow_run_id": run_id,
@@ -272,10 +294,17 @@ def package_versions() -> dict[str, str]:
 
 def list_artifacts(root: str, kind: str) -> list[Artifact]:
     """Finished artifacts of one kind below `root`, sorted by ref."""
-    system, path = storage.filesystem(f"{root.rstrip('/')}/{kind}")
-    found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    refs = [item.path[len(path) + 1 :].split("/") for item in found if item.path.endswith(f"/{MANIFEST}")]
-    return [Artifact(root, f"{kind}/{'/'.join(parts[:2])}") for parts in sorted(refs) if len(parts) == 3]
+    place = f"{root.rstrip('/')}/{kind}"
+    refs = [f"{kind}/{name}/{version}" for name in list_folders(place) for version in list_folders(f"{place}/{name}")]
+    return [artifact for artifact in (Artifact(root, ref) for ref in refs) if artifact.is_finished]
+
+
+def similar_refs(root: str, ref: str) -> list[str]:
+    """At most three finished artifacts whose names one may have meant, the nearest first."""
+    kind, _, name = ref.partition("/")
+    kinds = difflib.get_close_matches(kind, list_folders(root), n=1, cutoff=0.75)
+    names = [item.ref.partition("/")[2] for near in kinds for item in list_artifacts(root, near)]
+    return [f"{near}/{found}" for near in kinds for found in difflib.get_close_matches(name, names, cutoff=0.6)]
 
 
 def _now() -> str:

@@ -17,8 +17,8 @@ from rich.logging import RichHandler
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster, load_cluster
 from rsplatform.config import ConfigError, StageConfig, load_config
-from rsplatform.stage import plan
-from rsplatform.storage import StorageError, refused_write
+from rsplatform.stage import check_input_artifacts, plan
+from rsplatform.storage import StorageError, is_s3, presigned_url, refused_write
 from rsplatform.tracking import TrackingError, redact
 
 USAGE = """\
@@ -29,8 +29,12 @@ example: python jobs/{job}.py {example}
 
 RECIPE.yaml   what to do; its keys: {keys}
 CLUSTER.yaml  where to do it, e.g. cluster/local.yaml; override its keys as cluster.KEY=VALUE
---dry-run     validate, look up the inputs, print the plan and stop
+--dry-run     validate, look up the inputs, print the plan and stop; exits like the job if that could not start
 """
+
+# Reports, summaries, model cards, best recipes and maps: what a job on a bucket gives links to.
+READABLE = ("report.json", "scores.json", "summary.txt", "README.md", ".yaml", ".geojson")
+MAX_LINKS = 5
 
 FrontDoor = Callable[[Any, Cluster], Artifact]
 
@@ -66,6 +70,7 @@ def _run(job: str, config_class: type[StageConfig], front_door: FrontDoor, examp
         config, cluster, is_dry_run = _parse(config_class, arguments, usage)
         if is_dry_run:
             print("\n".join(plan(config, cluster)))
+            check_input_artifacts(config, cluster)  # a dry run exits as the run itself would
             return 0
         artifact = front_door(config, cluster)
     except KeyboardInterrupt:
@@ -74,7 +79,17 @@ def _run(job: str, config_class: type[StageConfig], front_door: FrontDoor, examp
     except Exception as error:
         return _report(job, error)
     print(f"{job}: {artifact.uri}")
+    for line in _links(artifact):
+        print(line)
     return 0
+
+
+def _links(artifact: Artifact) -> list[str]:
+    """Links for a browser to what a person reads in an artifact that lies in a bucket; on a disk one just opens it."""
+    if not is_s3(artifact.uri):
+        return []
+    names = [name for name in artifact.manifest()["checksums"] if name.endswith(READABLE)]
+    return [f"  {name} (link for an hour): {presigned_url(artifact.path(name), 3600)}" for name in names[:MAX_LINKS]]
 
 
 def _report(job: str, error: Exception) -> int:

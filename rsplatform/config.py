@@ -5,11 +5,12 @@ name the key and the nearest valid one. Nothing here touches data.
 """
 
 import difflib
+import os
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import yaml
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -47,6 +48,15 @@ InputArtifact = Annotated[ArtifactRef, InputMarker(is_artifact=True)]
 InputPath = Annotated[str, StringConstraints(min_length=1), InputMarker(is_artifact=False)]
 
 
+@runtime_checkable
+class SelectsFiles(Protocol):
+    """A section that reads only some of the files below the folder that it names."""
+
+    def select_files(self, names: Sequence[str]) -> list[str]:
+        """Those of the files (by their names below the folder) that are read; ConfigError if one is missing."""
+        ...
+
+
 class StageConfig(Config):
     """What every job's recipe holds: the artifact it makes and the MLflow experiment it belongs to."""
 
@@ -69,15 +79,23 @@ def load_config(config_class: type[ConfigType], path: str | Path, overrides: lis
     return validate(config_class, values, str(path))
 
 
-def read_yaml(path: str | Path, included_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in the YAML file `path`; ConfigError if it is missing, broken, no mapping or includes itself."""
+def read_yaml(path: str | Path, included_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The mapping in the YAML file `path`.
+
+    Raises:
+        ConfigError: it is missing, unreadable, broken, no mapping, or includes itself.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give the path of a recipe, e.g. configs/demo/world.yaml")
-    if path.resolve() in included_by:
+    if os.path.realpath(path) in included_by:
         raise ConfigError(f"{path}: includes itself through !recipe")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _loader_of(path, included_by))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a recipe, e.g. configs/demo/world.yaml") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give a recipe that you may read, e.g. configs/demo/world.yaml"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict) or not values:
@@ -85,7 +103,7 @@ def read_yaml(path: str | Path, included_by: tuple[Path, ...] = ()) -> dict[str,
     return values
 
 
-def _loader_of(path: Path, included_by: tuple[Path, ...]) -> type[yaml.SafeLoader]:
+def _loader_of(path: Path, included_by: tuple[str, ...]) -> type[yaml.SafeLoader]:
     """YAML's safe loader with one addition, a recipe from another file whose path is relative to this one:
 
     `!recipe other.yaml` as it stands, `!recipe {from: other.yaml, key: value}` with some of its top keys replaced.
@@ -105,7 +123,7 @@ def _loader_of(path: Path, included_by: tuple[Path, ...]) -> type[yaml.SafeLoade
             raise ConfigError(
                 f"{path}: !recipe needs a file: `!recipe other.yaml` or `!recipe {{from: other.yaml, …}}`"
             )
-        return read_yaml(path.parent / other, (*included_by, path.resolve())) | changes
+        return read_yaml(path.parent / other, (*included_by, os.path.realpath(path))) | changes
 
     RecipeLoader.add_constructor("!recipe", include)
     return RecipeLoader
@@ -189,8 +207,27 @@ def _flatten(annotation: Any) -> list[Any]:
     return [leaf for argument in arguments for leaf in _flatten(argument)]
 
 
-def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, bool]]:
-    """Every input that a recipe names, as (field path, value, is_artifact); sections and lists are walked.
+@dataclass(frozen=True)
+class RecipeInput:
+    """One input that a recipe names: in which field, as what, and the section that holds the field."""
+
+    field: str
+    value: str
+    is_artifact: bool
+    section: BaseModel
+
+    @property
+    def artifact(self) -> str | None:
+        """kind/name/version of the artifact that it is or lies in; None for raw data."""
+        if self.is_artifact:
+            return self.value
+        if self.value.startswith("artifact://"):
+            return "/".join(self.value.removeprefix("artifact://").split("/")[:3])
+        return None
+
+
+def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[RecipeInput]:
+    """Every input that a recipe names; sections and lists are walked.
 
     A section that is a job of its own (`nested_jobs`) has its own inputs and is left out; a template's count here.
     """
@@ -200,7 +237,7 @@ def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str,
         path = f"{prefix}{name}"
         markers = [item for item in field.metadata if isinstance(item, InputMarker)]
         if markers and isinstance(value, str):
-            yield path, value, markers[0].is_artifact
+            yield RecipeInput(path, value, markers[0].is_artifact, config)
         items = value if isinstance(value, list | tuple) else [value]
         element_marker = _element_marker(field.annotation)
         for index, item in enumerate(items):
@@ -208,7 +245,7 @@ def iter_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str,
             if isinstance(item, BaseModel) and name not in jobs:
                 yield from iter_inputs(item, f"{label}.")
             elif element_marker and isinstance(item, str) and not markers:
-                yield label, item, element_marker.is_artifact
+                yield RecipeInput(label, item, element_marker.is_artifact, config)
 
 
 def nested_jobs(config: BaseModel) -> dict[str, StageConfig]:

@@ -14,7 +14,7 @@ from pydantic import Field
 from rsplatform import commands, summary
 from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, StageConfig
+from rsplatform.config import Config, StageConfig, nested_jobs
 from rsplatform.curate.caption import CaptionConfig, caption
 from rsplatform.curate.chips import IngestScenesConfig, ingest_scenes
 from rsplatform.curate.filter_web import FilterWebConfig, filter_web
@@ -27,7 +27,7 @@ from rsplatform.localize.self_train import SelfTrainConfig, self_train
 from rsplatform.runtime import ray_runtime
 from rsplatform.serve.client import Client
 from rsplatform.serve.deployment import ServeConfig, serving
-from rsplatform.stage import finished, open_stage
+from rsplatform.stage import check_input_artifacts, finished, open_stage, plan
 from rsplatform.storage import read_bytes, read_json, write_bytes, write_json
 from rsplatform.train.launch import PretrainConfig, pretrain
 from rsplatform.train.sweep import tune
@@ -86,9 +86,11 @@ def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
     """Run the whole chain from scenes to a search answered over HTTP, and print a summary."""
     done = finished(config, cluster)
     if done:
-        _check_chain(done)
+        _check_chain(done, config, cluster)
         print(read_bytes(done.path(SUMMARY)).decode())
         return done
+    plan(config, cluster)  # looks up what the last arrow reads, too: else it would fail after minutes of training
+    check_input_artifacts(config, cluster)
     started = time.monotonic()
     with open_stage(config, cluster) as stage:
         with ray_runtime(cluster):
@@ -109,11 +111,13 @@ def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def _check_chain(done: Artifact) -> None:
-    """ArtifactError if an artifact of the chain is gone or was made again since the demo finished."""
+def _check_chain(done: Artifact, config: DemoConfig, cluster: Cluster) -> None:
+    """ArtifactError if an artifact of the chain is gone, was made again since, or of raw data that differ today."""
     for ref, fingerprint in read_json(done.path(CHAIN)).items():
         if open_artifact(done.root, ref).fingerprint() != fingerprint:
             raise ArtifactError(f"{done.uri}: {ref} was made again since; name a new version in `output`")
+    for job in nested_jobs(config).values():
+        finished(job, cluster)
 
 
 def _run_stages(config: DemoConfig, cluster: Cluster) -> tuple[list[str], dict[str, Artifact]]:

@@ -9,9 +9,14 @@ from functools import lru_cache
 
 from affine import Affine
 from pyproj import CRS, Geod, Transformer
+from pyproj.exceptions import ProjError
 
 BoundsLonLat = tuple[float, float, float, float]
 _WGS84 = Geod(ellps="WGS84")
+
+
+class CrsError(ValueError):
+    """Coordinates that cannot be told as longitude and latitude; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,18 @@ class Grid:
         here = self.lonlat(row, column)
         return distance_m(here, self.lonlat(row + 1, column)), distance_m(here, self.lonlat(row, column + 1))
 
+    def check_on_earth(self) -> None:
+        """CrsError unless the centre and the corners have a longitude and a latitude.
+
+        A local grid has none, nor have metres that are labelled as degrees.
+        """
+        height, width = self.height, self.width
+        for row, column in ((height / 2, width / 2), (0, 0), (0, width), (height, width), (height, 0)):
+            longitude, latitude = self.lonlat(row, column)
+            if not (abs(longitude) <= 360 and abs(latitude) <= 90 + 1e-6):  # nor is infinity
+                x, y = self.affine @ (column, row)
+                raise CrsError(f"x {x:g}, y {y:g} lies nowhere on Earth in {CRS.from_user_input(self.crs).name!r}")
+
     def ground_sample_distance_m(self) -> float:
         """Geometric mean of the centre pixel's height and width in metres."""
         height_m, width_m = self.pixel_size_m()
@@ -62,8 +79,15 @@ class Grid:
 
 @lru_cache(maxsize=256)
 def to_lonlat(crs: str) -> Transformer:
-    """Transformer from `crs` to (lon, lat); kept, because making one costs milliseconds. Threads may share it."""
-    return Transformer.from_crs(CRS.from_user_input(crs), "OGC:CRS84", always_xy=True)
+    """Transformer from `crs` to (lon, lat); kept, because making one costs milliseconds. Threads may share it.
+
+    Raises:
+        CrsError: a CRS that is bound to no place on Earth (a local or engineering grid), or none at all.
+    """
+    try:
+        return Transformer.from_crs(CRS.from_user_input(crs), "OGC:CRS84", always_xy=True)
+    except ProjError as error:
+        raise CrsError(f"{crs[:80]!r} has no way to longitude and latitude ({error})") from error
 
 
 def distance_m(a: tuple[float, float], b: tuple[float, float]) -> float:

@@ -40,6 +40,11 @@ def write_drops(artifact: Artifact, stage: str, part: str, drops: Iterable[Drop]
         storage.write_bytes(uri, buffer.getvalue())
 
 
+def forget_parts(artifact: Artifact, folder: str, kept: Iterable[str]) -> None:
+    """Remove the parts below `folder` that are not among `kept`: nobody's drops any more."""
+    storage.delete_others(artifact.path(f"{FOLDER}/{folder}"), {f"{part}.parquet" for part in kept})
+
+
 def read_drops(artifact: Artifact) -> pa.Table:
     """All drops of an artifact (columns id, stage, reason, detail)."""
     tables = [

@@ -5,6 +5,7 @@ keyed by sample id beside them.
 """
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import pyarrow as pa
 
@@ -83,3 +84,12 @@ class Landmark:
     kind: str
     name: str
     geometry: object
+
+
+def parse_time(text: str) -> datetime:
+    """An RFC 3339 time or date as an aware datetime; without an offset it is UTC. ValueError otherwise."""
+    try:
+        time = datetime.fromisoformat(text)
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"datetime {text!r}: not an RFC 3339 time such as 2024-06-01T00:00:00Z") from None

@@ -4,11 +4,13 @@ boto3 is used for what Arrow does not do: a bucket check with a clear error and 
 and endpoint come from the standard AWS environment (AWS_ENDPOINT_URL_S3, AWS_REGION, …), never from a recipe.
 """
 
+import contextlib
 import json
 import os
 import re
 import tempfile
 import uuid
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,20 @@ def list_files(uri: str) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders right below `uri`, sorted."""
+    system, path = filesystem(uri)
+    found = system.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(item.base_name for item in found if item.type == pafs.FileType.Directory)
+
+
+def delete_others(uri: str, kept: set[str]) -> None:
+    """Remove every file below `uri` whose relative path is not in `kept`."""
+    system, path = filesystem(uri)
+    for relative in set(list_files(uri)) - kept:
+        system.delete_file(f"{path}/{relative}")
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole file at `uri`; FileNotFoundError if absent."""
     system, path = filesystem(uri)
@@ -235,13 +251,11 @@ def download_folder(uri: str, folder: Path) -> Path:
     return folder
 
 
-def local_folder(uri: str) -> Path:
-    """A local folder with the files below `uri`: itself if local, else a copy in a temporary folder, made once."""
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """A local folder with the files below `uri` inside this block: itself if local, else a temporary copy."""
     if not is_s3(uri):
-        return Path(uri.removeprefix("file://"))
-    return _downloaded(uri)
-
-
-@cache
-def _downloaded(uri: str) -> Path:
-    return download_folder(uri, Path(tempfile.mkdtemp(prefix="rsplatform-")))
+        yield Path(uri.removeprefix("file://"))
+        return
+    with tempfile.TemporaryDirectory(prefix="rsplatform-") as folder:
+        yield download_folder(uri, Path(folder))

@@ -4,7 +4,8 @@
 
 A shard is one block all the way. Its kept rows become ONE Lance fragment, then a part file `work/parts/<shard>.json`
 is written atomically; the driver commits the fragments of all part files at once, in the order of the shards. So a
-task or worker that dies is simply run again and a rerun skips finished shards: only what a part file names counts.
+task or worker that dies is simply run again and a rerun skips finished shards: only what a part file names counts, and
+of the ledger only what belongs to such a shard (`ledger/<stage>/<shard>.parquet`).
 Shards do not see each other: duplicates are found in the committed table (filter_web.drop_repeats).
 """
 
@@ -25,7 +26,7 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
 from rsplatform.curate.contact_sheet import keep_dropped_pictures
-from rsplatform.ledger import Drop, counts, write_drops
+from rsplatform.ledger import Drop, counts, forget_parts, write_drops
 from rsplatform.runtime import ray_runtime
 
 PARTS = "work/parts"
@@ -104,8 +105,12 @@ def replace_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 
 
 def commit(pipeline: Pipeline, shards: Sequence[Shard]) -> dict[str, Any]:
-    """Make the fragments that the part files name one table version; nothing else ever becomes visible."""
+    """Make the fragments that the part files name one table version; nothing else ever becomes visible.
+
+    Drops of shards that an earlier run cut otherwise leave the ledger: nobody counts them.
+    """
     parts = [storage.read_json(_part_uri(pipeline, shard["shard"])) for shard in shards]
+    forget_parts(pipeline.artifact, pipeline.stage, [shard["shard"] for shard in shards])
     reasons = Counter[str]()
     for part in parts:
         reasons.update(part["reasons"])
@@ -280,7 +285,7 @@ def _write(pipeline: Pipeline, table: pa.Table) -> pa.Table:
     fragment = _write_fragment(pipeline, kept) if kept.num_rows else None
     rows = zip(table["id"].to_pylist(), reasons, table["drop_detail"].to_pylist(), strict=True)
     drops = [Drop(row_id, reason, detail or "") for row_id, reason, detail in rows if reason is not None]
-    write_drops(pipeline.artifact, pipeline.stage, shard["shard"], drops)
+    write_drops(pipeline.artifact, pipeline.stage, f"{pipeline.stage}/{shard['shard']}", drops)
     keep_dropped_pictures(pipeline.artifact, shard["shard"], table.filter(table["drop_reason"].is_valid()))
     part = {"shard": shard, "inputs": table.num_rows, "kept": kept.num_rows, "fragment": fragment}
     part["reasons"] = Counter(drop.reason for drop in drops)

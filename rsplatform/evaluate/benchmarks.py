@@ -4,10 +4,11 @@ One model on one set gets different numbers in different papers because splits, 
 Here they are part of the recipe; `pin` is the hash of all of them. Pictures are read lazily; nothing is embedded.
 """
 
+import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from rsplatform.config import Config, ConfigError, InputArtifact, InputPath
 from rsplatform.dataset.store import SampleStore
 from rsplatform.evaluate.classification import PROMPT
 from rsplatform.evaluate.files import bytes_of, caption_entries, label_rows, read_mask, read_picture
-from rsplatform.storage import local_folder
+from rsplatform.storage import list_files
 
 
 class DatasetRetrieval(Config):
@@ -58,6 +59,12 @@ class Classification(Config):
     prompt: str = PROMPT
     max_images: int | None = Field(default=None, ge=2)
 
+    def select_files(self, names: Sequence[str]) -> list[str]:
+        """The table and whatever it may name; ConfigError without the table."""
+        if self.table not in names:
+            raise ConfigError(f"no {self.table}; fix `folder` or `table` of {self.name}")
+        return list(names)
+
 
 class MaskClass(Config):
     """One class of a mask: the pixel values (or #RRGGBB colours) that mean it, and the prompts that ask for it."""
@@ -85,6 +92,41 @@ class Segmentation(Config):
     image_ground_sample_distance_m: float | None = Field(default=None, gt=0)
     max_images: int | None = Field(default=None, ge=1)
     nearest_colour_from: str | None = None
+
+    @property
+    def colour_source(self) -> "Segmentation | None":
+        """The same over the pictures whose colours are the baseline; None if it is not asked for."""
+        if self.nearest_colour_from is None:
+            return None
+        other = {"images": self.nearest_colour_from, "max_images": None, "nearest_colour_from": None}
+        return self.model_copy(update=other)
+
+    def pictures_of(self, names: Sequence[str]) -> list[str]:
+        """The pictures among the files below `folder`, in order; ConfigError if there is none."""
+        pieces = self.images.split("/")
+        found = [name for name in names if _matches(name.split("/"), pieces)]
+        if not found:
+            raise ConfigError(f"no picture matches {self.images!r}; fix `images` of {self.name}")
+        return spread(sorted(found, key=lambda name: name.split("/")), self.max_images)
+
+    def mask_of(self, picture: str) -> str:
+        """The mask's file, below `folder` as the picture is."""
+        for old, new in self.mask_replace.items():
+            picture = picture.replace(old, new)
+        return picture
+
+    def select_files(self, names: Sequence[str]) -> list[str]:
+        """Pictures and their masks; ConfigError if one is missing."""
+        pictures = self.pictures_of(names)
+        masks = [self.mask_of(picture) for picture in pictures]
+        there = set(names)
+        missing = [f"{mask}, the mask of {own}" for own, mask in zip(pictures, masks, strict=True) if mask not in there]
+        if missing:
+            raise ConfigError(
+                f"no {missing[0]} ({len(missing)} missing); fix `mask_replace` of {self.name}, or restore it"
+            )
+        others = self.colour_source.select_files(names) if self.colour_source else []
+        return list(dict.fromkeys([*pictures, *masks, *others]))
 
 
 Benchmark = Annotated[
@@ -207,22 +249,30 @@ def masked_pictures(benchmark: Segmentation, cluster: Cluster) -> Iterator[Maske
         ConfigError: nothing matches `images`; a picture or mask is missing, damaged or of another size than the
             other; or a scale is unknown.
     """
-    folder = local_folder(cluster.resolve(benchmark.folder))
-    paths = spread(sorted(folder.glob(benchmark.images)), benchmark.max_images)
-    if not paths:
-        raise ConfigError(f"{benchmark.name}: no picture matches {folder}/{benchmark.images}")
-    for path in paths:
-        mask_path = str(path.relative_to(folder))
-        for old, new in benchmark.mask_replace.items():
-            mask_path = mask_path.replace(old, new)
-        image_HWC, scale = read_picture(path)
+    folder = cluster.resolve(benchmark.folder).rstrip("/")
+    try:
+        pictures = benchmark.pictures_of(list(list_files(folder)))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    for name in pictures:
+        picture, mask = f"{folder}/{name}", f"{folder}/{benchmark.mask_of(name)}"
+        image_HWC, scale = read_picture(picture)
         scale = scale or benchmark.image_ground_sample_distance_m
         if scale is None:
-            raise ConfigError(f"{path}: has no georeference; set image_ground_sample_distance_m of {benchmark.name}")
-        mask_HW = encode_mask(read_mask(folder / mask_path, path), benchmark.classes)
+            raise ConfigError(f"{picture}: has no georeference; set image_ground_sample_distance_m of {benchmark.name}")
+        mask_HW = encode_mask(read_mask(mask, picture), benchmark.classes)
         if mask_HW.shape != image_HWC.shape[:2]:
-            raise ConfigError(f"{folder / mask_path}: {mask_HW.shape} is not the size of {path} {image_HWC.shape[:2]}")
-        yield MaskedPicture(path.name, image_HWC, mask_HW, scale)
+            raise ConfigError(f"{mask}: {mask_HW.shape} is not the size of {picture} {image_HWC.shape[:2]}")
+        yield MaskedPicture(name.rpartition("/")[2], image_HWC, mask_HW, scale)
+
+
+def _matches(parts: Sequence[str], pieces: Sequence[str]) -> bool:
+    """Whether a name fits a glob, both cut at their slashes; ** stands for any number of folders."""
+    if not pieces or not parts:
+        return not pieces and not parts
+    if pieces[0] == "**":
+        return _matches(parts, pieces[1:]) or _matches(parts[1:], pieces)
+    return fnmatch.fnmatchcase(parts[0], pieces[0]) and _matches(parts[1:], pieces[1:])
 
 
 def encode_mask(raw: np.ndarray, classes: list[MaskClass]) -> np.ndarray:

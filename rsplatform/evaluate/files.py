@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -17,8 +17,16 @@ import rasterio.errors
 
 from rsplatform.config import ConfigError
 from rsplatform.model.preprocess import ImageError, Square, decode_image, read_square
-from rsplatform.sources.scenes import SceneError, SceneSource, describe_scene, open_pixels, read_window
-from rsplatform.storage import read_bytes
+from rsplatform.sources.scenes import (
+    DRIVER,
+    ENDINGS,
+    SceneError,
+    SceneSource,
+    describe_scene,
+    open_pixels,
+    read_window,
+)
+from rsplatform.storage import exists, gdal_options, gdal_path, read_bytes
 
 FIX_PLACE = "fix the recipe or metadata.rsplatform.data_root"
 FIX_PICTURE = "replace it by the original; a number without it would be of another set"
@@ -82,7 +90,7 @@ def squares(
             raise ConfigError(f"{name}: {error}; {FIX_PICTURE}") from error
 
 
-def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
+def read_picture(uri: str) -> tuple[np.ndarray, float | None]:
     """uint8 RGB pixels (H, W, 3), and metres a pixel; None for pictures that are no GeoTIFF.
 
     GeoTIFFs are read as ingest reads them (bands, stretch, nodata): a model is scored on the pixels it was trained on.
@@ -91,28 +99,29 @@ def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
         ConfigError: missing, damaged, or a GeoTIFF that ingest would refuse as well.
     """
     try:
-        if path.suffix.lower() not in {".tif", ".tiff"}:
-            return decode_image(bytes_of(str(path))), None
-        scene = describe_scene(str(path), str(path), SceneSource(path=str(path)))
-        pixels_HW4 = read_window(open_pixels(scene), 0, 0, scene.grid.height, scene.grid.width)
+        if not uri.lower().endswith(ENDINGS):
+            return decode_image(bytes_of(uri)), None
+        with rasterio.Env(**dict[str, Any](gdal_options())):
+            scene = describe_scene(uri, uri, SceneSource(path=uri))
+            pixels_HW4 = read_window(open_pixels(scene), 0, 0, scene.grid.height, scene.grid.width)
     except (ImageError, SceneError) as error:
-        raise ConfigError(f"{path}: {error}; {FIX_PICTURE}") from error
+        raise ConfigError(f"{uri}: {error}; {FIX_PICTURE}") from error
     return np.ascontiguousarray(pixels_HW4[..., :3]), scene.grid.ground_sample_distance_m()
 
 
-def read_mask(path: Path, image_path: Path) -> np.ndarray:
+def read_mask(uri: str, image_uri: str) -> np.ndarray:
     """A mask's values: (H, W) of one band, or (H, W, 3) colours; palettes are resolved to colours.
 
     Raises:
         ConfigError: missing or damaged; names the picture as well.
     """
-    remedy = f"it is the mask of {image_path}: fix `mask_replace` or restore it"
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; {remedy}")
+    remedy = f"it is the mask of {image_uri}: fix `mask_replace` or restore it"
+    if not exists(uri):
+        raise ConfigError(f"{uri}: no such file; {remedy}")
     try:
-        if path.suffix.lower() not in {".tif", ".tiff"}:
-            return decode_image(bytes_of(str(path), remedy))
-        with rasterio.open(path, driver="GTiff") as raster:
+        if not uri.lower().endswith(ENDINGS):
+            return decode_image(bytes_of(uri, remedy))
+        with rasterio.Env(**dict[str, Any](gdal_options())), rasterio.open(gdal_path(uri), driver=DRIVER) as raster:
             return raster.read(1)
     except (ImageError, rasterio.errors.RasterioError) as error:
-        raise ConfigError(f"{path}: {error}; {remedy}") from error
+        raise ConfigError(f"{uri}: {error}; {remedy}") from error

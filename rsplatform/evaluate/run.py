@@ -63,8 +63,8 @@ def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        folder = local_folder(open_artifact(cluster.root, config.model).path("model"))
-        embedder = Embedder.load(folder, driver_device())
+        with local_folder(open_artifact(cluster.root, config.model).path("model")) as folder:
+            embedder = Embedder.load(folder, driver_device())
         report: dict[str, Any] = {"model": config.model, "model_hash": embedder.model_hash, "benchmarks": {}}
         for benchmark in config.benchmarks:
             result = score(benchmark, config.window, cluster, embedder, stage.run.log_picture)
@@ -196,9 +196,9 @@ def _segmentation(
 
 def _nearest_colour(benchmark: Segmentation, cluster: Cluster) -> dict[str, NearestColour]:
     """The baseline by its name, if the benchmark asks for it."""
-    if benchmark.nearest_colour_from is None:
+    source = benchmark.colour_source
+    if source is None:
         return {}
-    source = benchmark.model_copy(update={"images": benchmark.nearest_colour_from, "max_images": None})
     pictures = track(masked_pictures(source, cluster), description=f"{benchmark.name}: colours", transient=True)
     return {"nearest_colour": NearestColour(pictures, len(benchmark.classes))}
 

@@ -5,19 +5,16 @@ picture that cannot be read keeps its row, with a reason to drop it. No Ray: bui
 Shapes: I images, E embedding.
 """
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 
 from rsplatform.artifacts import open_artifact
 from rsplatform.dataset.store import open_table
-from rsplatform.index.filters import parse_time
 from rsplatform.index.store import index_schema
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.preprocess import ImageError, read_square
-from rsplatform.storage import download_folder, is_s3
+from rsplatform.records import parse_time
+from rsplatform.storage import local_folder
 
 MODEL_FOLDER = "model"
 CAPTION_TABLE = "captions.lance"
@@ -33,10 +30,8 @@ def load_embedder(root: str, model_ref: str, device: str = "cpu") -> Embedder:
     Raises:
         ArtifactError: the artifact is missing or unfinished.
     """
-    folder = open_artifact(root, model_ref).path(MODEL_FOLDER)
-    with tempfile.TemporaryDirectory() as temporary:
-        local = download_folder(folder, Path(temporary)) if is_s3(folder) else Path(folder)
-        embedder = Embedder.load(local, device)
+    with local_folder(open_artifact(root, model_ref).path(MODEL_FOLDER)) as folder:
+        embedder = Embedder.load(folder, device)
     embedder.model.eval()
     return embedder
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from rsplatform.geo import BoundsLonLat
+from rsplatform.records import parse_time
 
 Interval = tuple[datetime | None, datetime | None]
 
@@ -61,15 +62,6 @@ def parse_interval(text: str) -> Interval:
     if start and end and start > end:
         raise ValueError(f"datetime {text!r}: the start lies after the end")
     return start, end
-
-
-def parse_time(text: str) -> datetime:
-    """An RFC 3339 time or date as an aware datetime; without an offset it is UTC. ValueError otherwise."""
-    try:
-        time = datetime.fromisoformat(text)
-        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        raise ValueError(f"datetime {text!r}: not an RFC 3339 time such as 2024-06-01T00:00:00Z") from None
 
 
 def quoted(text: str) -> str:

@@ -81,8 +81,8 @@ def localize(config: LocalizeConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        folder = storage.local_folder(open_artifact(cluster.root, config.model).path("model"))
-        embedder = Embedder.load(folder, driver_device())
+        with storage.local_folder(open_artifact(cluster.root, config.model).path("model")) as folder:
+            embedder = Embedder.load(folder, driver_device())
         job = _job(embedder, config)
         files = find_scene_files(config.scenes, cluster.resolve)
         drops, num_regions = [], 0

@@ -104,8 +104,8 @@ def self_train(config: SelfTrainConfig, cluster: Cluster) -> Artifact:
         return done
     keep_freed_memory()
     with open_stage(config, cluster) as stage:
-        folder = storage.local_folder(open_artifact(cluster.root, config.model).path("model"))
-        teacher = Embedder.load(folder, driver_device())
+        with storage.local_folder(open_artifact(cluster.root, config.model).path("model")) as folder:
+            teacher = Embedder.load(folder, driver_device())
         pictures = chip_pictures(config, cluster, teacher.image_size)
         course = Course(config, SampleStore(cluster.root, config.dataset, "train"), pictures, stage, teacher, 0.0)
         course.agreement = _held_out_agreement(course, teacher)

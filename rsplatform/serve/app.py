@@ -26,6 +26,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError
 from rsplatform.index.embed import load_embedder
 from rsplatform.model.embedder import granted_device
 from rsplatform.runtime import ray_runtime
@@ -163,8 +164,7 @@ def running(served: Served) -> Iterator[str]:
     A port of 0 takes a free one. Everything that was started is stopped at the end: Serve, and Ray if it is ours.
 
     Raises:
-        ConfigError: an address that others can reach, without API keys.
-        OSError: the port is taken.
+        ConfigError: an address that others can reach, without API keys, or that cannot be listened at.
         RuntimeError: the application did not become healthy.
     """
     placement = served.cluster.serve
@@ -196,8 +196,9 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise OSError(
-                f"{host}:{port}: {error.strerror}; stop what listens there or set cluster.serve.port=0"
+            raise ConfigError(
+                f"metadata.rsplatform.serve: cannot listen at {host} port {port} ({error.strerror}); stop what listens "
+                "there, or add cluster.serve.port=8001 (0: any free one) to the command"
             ) from error
         return probe.getsockname()[1]
 

@@ -46,7 +46,7 @@ def serving(config: ServeConfig, cluster: Cluster) -> Iterator[str]:
 
     Raises:
         ArtifactError: an input is missing, or the artifact was made by another recipe.
-        ConfigError: the index belongs to another model, or the address is open to others without API keys.
+        ConfigError: the index belongs to another model, or the address is taken, or open to others without API keys.
         RuntimeError: the server did not become healthy.
     """
     done = finished(config, cluster)

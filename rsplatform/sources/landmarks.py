@@ -16,6 +16,7 @@ import pyogrio
 import pyogrio.errors
 import shapely
 from pydantic import Field
+from pyproj.exceptions import ProjError
 
 from rsplatform import storage
 from rsplatform.config import Config, ConfigError, InputPath
@@ -67,7 +68,8 @@ def read_landmarks(source: LandmarkSource, resolve: Callable[[str], str]) -> tup
     """All usable landmarks of a file, and a drop for each other record (damaged | no_kind | no_geometry).
 
     Raises:
-        ConfigError: the file is missing, of another format, has no CRS, or holds none of the kind columns.
+        ConfigError: the file is missing, of another format, has no such layer, no usable CRS, or holds none of the
+            kind columns.
     """
     place = resolve(source.path)
     if PurePosixPath(place).suffix.lower() not in SUFFIXES:
@@ -77,8 +79,9 @@ def read_landmarks(source: LandmarkSource, resolve: Callable[[str], str]) -> tup
     if storage.is_s3(place):  # pyogrio carries a GDAL of its own, which knows nothing of rasterio's settings
         pyogrio.set_gdal_config_options(storage.gdal_options())
     try:
+        _check_layer(place, source)
         frames, drops = _read_frames(place, source)
-    except pyogrio.errors.DataSourceError as error:
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
         raise ConfigError(f"landmarks: {place} cannot be read: {error}") from error
     landmarks: list[Landmark] = []
     for frame in frames:
@@ -87,6 +90,18 @@ def read_landmarks(source: LandmarkSource, resolve: Callable[[str], str]) -> tup
         landmarks += found
         drops += dropped
     return landmarks, drops
+
+
+def _check_layer(place: str, source: LandmarkSource) -> None:
+    if source.layer is None:
+        return
+    names = [str(name) for name, _ in pyogrio.list_layers(storage.gdal_path(place))]
+    if source.layer not in names:
+        nearest = difflib.get_close_matches(source.layer, names, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ConfigError(
+            f"landmarks: {place}: no layer {source.layer!r}; {hint}It has {', '.join(names[:12])}; fix `layer`"
+        )
 
 
 def _read_frames(place: str, source: LandmarkSource) -> tuple[list[Any], list[Drop]]:
@@ -121,7 +136,12 @@ def _to_lonlat(frame: Any, place: str) -> Any:
         raise ConfigError(f"landmarks: {place}: has no geometry column")
     if frame.crs is None:
         raise ConfigError(f"landmarks: {place}: has no coordinate reference system; add a .prj or rewrite it with one")
-    return frame.to_crs("OGC:CRS84")
+    try:
+        return frame.to_crs("OGC:CRS84")
+    except ProjError as error:
+        raise ConfigError(
+            f"landmarks: {place}: {frame.crs.name!r} has no way to longitude and latitude ({error}); give it a real CRS"
+        ) from error
 
 
 def _check_columns(frame: Any, source: LandmarkSource, place: str) -> None:

@@ -9,13 +9,14 @@ text of a picture is given once. Opens no picture and judges no text.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from rsplatform import storage
 from rsplatform.config import ConfigError
 
+CAPTIONS_FILE = "captions.jsonl"
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 Listed = list[tuple[str, tuple[str, ...]]]  # (file name, texts)
 
@@ -53,9 +54,9 @@ def read_captions_jsonl(place: str) -> Listed:
     ]
 
 
-def picture_names(folder: str) -> list[str]:
-    """Every picture file below a folder."""
-    return [name for name in storage.list_files(folder) if name.lower().endswith(PICTURE_ENDINGS)]
+def only_pictures(names: Iterable[str]) -> list[str]:
+    """Those of some files that are pictures, by their endings."""
+    return [name for name in names if name.lower().endswith(PICTURE_ENDINGS)]
 
 
 def inside(folder: str, name: str) -> str:

@@ -8,7 +8,7 @@ Shapes: B bands, H W pixels; the lazy array is (4, H, W).
 
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,17 +18,19 @@ import rasterio
 import rasterio.errors
 import rioxarray
 import xarray
-from pydantic import Field
+from pydantic import Field, field_validator
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 
 from rsplatform import storage
 from rsplatform.config import Config, ConfigError, InputPath
-from rsplatform.geo import Grid
+from rsplatform.geo import CrsError, Grid
+from rsplatform.records import parse_time
 from rsplatform.sources.visit import SceneError, Visit, describe_visit, to_colours, visit_from_json
 
 # Only this driver opens a scene: a VRT (XML) that is named .tif would read other files and URLs of its choice.
 DRIVER = "GTiff"
+ENDINGS = (".tif", ".tiff")  # in any case
 _CHUNKS = {"band": -1, "y": 1024, "x": 1024}
 _DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)[-_:]?(0[1-9]|1[0-2])[-_:]?(0[1-9]|[12]\d|3[01])(?!\d)")
 
@@ -38,7 +40,8 @@ class SceneSource(Config):
 
     `chip_ground_sample_distance_m` overrides the recipe's for scenes of another scale, `keep_without_landmark` for
     scenes that no landmarks cover; `dates` maps globs over scene ids to RFC 3339 dates, for files without one; `bands`
-    are 1-based.
+    are 1-based. `pattern` is a glob over the names below a folder; neither case nor the spelling of the ending (.tif,
+    .tiff) makes a difference.
     """
 
     path: InputPath
@@ -48,6 +51,36 @@ class SceneSource(Config):
     attribution: str = ""
     chip_ground_sample_distance_m: float | None = Field(default=None, ge=0.05, le=1000)
     keep_without_landmark: bool | None = None
+
+    @field_validator("dates")
+    @classmethod
+    def _dates_are_dates(cls, dates: dict[str, str]) -> dict[str, str]:
+        for pattern, date in dates.items():
+            try:
+                parse_time(date)
+            except ValueError:
+                raise ValueError(
+                    f"{pattern!r}: {date!r} is no date; write one such as 2010-07-01 or 2010-07-01T10:30:00Z"
+                ) from None
+        return dates
+
+    def select_files(self, names: Sequence[str]) -> list[str]:
+        """Of the files below the folder, those that match the pattern.
+
+        Raises:
+            ConfigError: none does.
+        """
+        pattern = _spelt_alike(self.pattern)
+        found = [name for name in names if fnmatch.fnmatchcase(_spelt_alike(name), pattern)]
+        if not found:
+            raise ConfigError(f"no file matches {self.pattern!r}; fix `pattern`")
+        return found
+
+
+def _spelt_alike(name: str) -> str:
+    """A name or glob in small letters, with the short one of the two endings of a GeoTIFF."""
+    name = name.lower()
+    return name[:-1] if name.endswith(".tiff") else name
 
 
 @dataclass(frozen=True)
@@ -89,12 +122,13 @@ def find_scene_files(source: SceneSource, resolve: Callable[[str], str]) -> list
     place = resolve(source.path)
     if not storage.exists(place):
         raise ConfigError(f"scenes: {place} does not exist; fix `path` or metadata.rsplatform.data_root")
-    files = storage.list_files(place) if PurePosixPath(place).suffix not in {".tif", ".tiff"} else {}
+    files = storage.list_files(place) if PurePosixPath(place).suffix.lower() not in ENDINGS else {}
     if not files:
         return [(source.path, place)]
-    names = [name for name in files if fnmatch.fnmatch(name, source.pattern)]
-    if not names:
-        raise ConfigError(f"scenes: no file in {place} matches {source.pattern!r}; fix `pattern`")
+    try:
+        names = source.select_files(list(files))
+    except ConfigError as error:
+        raise ConfigError(f"scenes: {place}: {error}") from None
     return [(f"{source.path.rstrip('/')}/{name}", f"{place.rstrip('/')}/{name}") for name in names]
 
 
@@ -102,8 +136,8 @@ def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
     """Read the header of one file, and of one that is not 8-bit a sample of its pixels.
 
     Raises:
-        SceneError: reason unreadable (missing, damaged, not a GeoTIFF) | no_crs | not_georeferenced | too_few_bands |
-            unsupported_type | no_data.
+        SceneError: reason unreadable (missing, damaged, not a GeoTIFF) | no_crs | unusable_crs | not_georeferenced |
+            too_few_bands | unsupported_type | no_data.
     """
     scene_id = PurePosixPath(place).stem
     try:
@@ -112,10 +146,13 @@ def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
             _check(dataset, source.bands)
             transform = tuple(dataset.transform)[:6]
             grid = Grid(dataset.crs.to_wkt(), transform, dataset.width, dataset.height)
+            grid.check_on_earth()
             datetime = _datetime(dataset, scene_id, source.dates)
             visit = describe_visit(dataset, place, source.bands)
     except rasterio.errors.RasterioError as error:
         raise SceneError("unreadable", f"{place}: {error}") from error
+    except (CrsError, rasterio.errors.CRSError) as error:
+        raise SceneError("unusable_crs", f"{place}: {error}; set the right one with gdal_edit.py -a_srs") from error
     overrides: dict[str, Any] = {
         name: getattr(source, name) for name in ("chip_ground_sample_distance_m", "keep_without_landmark")
     }
@@ -134,16 +171,23 @@ def _check(dataset: Any, bands: tuple[int, ...]) -> None:
 
 
 def _datetime(dataset: Any, scene_id: str, dates: dict[str, str]) -> str:
-    """From the recipe, else the file's tag, else a date in its name, else empty."""
+    """RFC 3339 in UTC: from the recipe, else the file's tag, else a date in its name; empty if these give no time."""
     for pattern, date in dates.items():
         if fnmatch.fnmatch(scene_id, pattern):
-            return date if "T" in date else f"{date}T00:00:00Z"
+            return _rfc3339(date)
     for text in (dataset.tags().get("TIFFTAG_DATETIME", ""), scene_id):
         found = _DATE.search(text)
         if found:
             time = re.search(r"\d\d:\d\d:\d\d$", text)
-            return f"{'-'.join(found.groups())}T{time.group() if time else '00:00:00'}Z"
+            try:
+                return _rfc3339(f"{'-'.join(found.groups())}T{time.group() if time else '00:00:00'}")
+            except ValueError:
+                continue  # 31 February, 25 o'clock: it says nothing
     return ""
+
+
+def _rfc3339(text: str) -> str:
+    return f"{parse_time(text):%Y-%m-%dT%H:%M:%SZ}"
 
 
 @dataclass(frozen=True)

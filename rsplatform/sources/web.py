@@ -10,7 +10,7 @@ before a row is read, because reading them may run code.
 
 import base64
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -22,7 +22,14 @@ from rich.progress import Progress
 
 from rsplatform import storage
 from rsplatform.config import Config, ConfigError, InputPath
-from rsplatform.sources.listings import draw_texts, inside, picture_names, read_captions_jsonl, read_rsicd
+from rsplatform.sources.listings import (
+    CAPTIONS_FILE,
+    draw_texts,
+    inside,
+    only_pictures,
+    read_captions_jsonl,
+    read_rsicd,
+)
 
 MAX_FILE_BYTES = 64 * 2**20
 CANDIDATES_PER_READ = 512
@@ -78,6 +85,12 @@ class CaptionedFolderCandidates(Config):
     texts_per_picture: int | None = Field(default=None, ge=1)
     rows: RowRange = RowRange()
 
+    def select_files(self, names: Sequence[str]) -> list[str]:
+        """The list and the pictures; ConfigError without the list."""
+        if CAPTIONS_FILE not in names:
+            raise ConfigError(f"no {CAPTIONS_FILE}; fix `path`, or `type` for pictures without texts")
+        return [CAPTIONS_FILE, *only_pictures(names)]
+
 
 class PictureFolderCandidates(Config):
     """A folder of pictures without texts (for training and testing the overhead filter)."""
@@ -85,6 +98,13 @@ class PictureFolderCandidates(Config):
     type: Literal["pictures"] = "pictures"
     path: InputPath
     rows: RowRange = RowRange()
+
+    def select_files(self, names: Sequence[str]) -> list[str]:
+        """The pictures; ConfigError if there is none."""
+        pictures = only_pictures(names)
+        if not pictures:
+            raise ConfigError("no pictures; fix `path`")
+        return pictures
 
 
 CandidateSource = Annotated[
@@ -216,10 +236,10 @@ def _listing(source: CandidateSource, resolve: Resolve) -> list[tuple[str, str, 
         listed = read_rsicd(resolve(source.captions), source.split)
     elif isinstance(source, CaptionedFolderCandidates):
         folder, number = resolve(source.path).rstrip("/"), source.texts_per_picture
-        prefix, listed = PurePosixPath(folder).name, read_captions_jsonl(f"{folder}/captions.jsonl")
+        prefix, listed = PurePosixPath(folder).name, read_captions_jsonl(f"{folder}/{CAPTIONS_FILE}")
     elif isinstance(source, PictureFolderCandidates):
         folder = resolve(source.path).rstrip("/")
-        prefix, listed = PurePosixPath(folder).name, [(name, ()) for name in picture_names(folder)]
+        prefix, listed = PurePosixPath(folder).name, [(name, ()) for name in only_pictures(storage.list_files(folder))]
     else:
         raise TypeError(f"{type(source).__name__} has no listing")
     if not listed:

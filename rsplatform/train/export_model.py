@@ -51,7 +51,8 @@ def export_model(config: ExportModelConfig, cluster: Cluster) -> Artifact:
     source = open_artifact(cluster.root, config.model)
     verify(source)
     with open_stage(config, cluster) as stage:
-        embedder = Embedder.load(storage.local_folder(source.path("model")))
+        with storage.local_folder(source.path("model")) as folder:
+            embedder = Embedder.load(folder)
         for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
             storage.write_bytes(stage.artifact.path(f"model/{name}"), storage.read_bytes(source.path(f"model/{name}")))
         if config.openmammut:
@@ -66,7 +67,8 @@ def export_model(config: ExportModelConfig, cluster: Cluster) -> Artifact:
 
 
 def _write_openmammut(source: Artifact, artifact: Artifact) -> None:
-    model, tokenizer = load_model(storage.local_folder(source.path("model")))  # in the dtype of its file
+    with storage.local_folder(source.path("model")) as own:
+        model, tokenizer = load_model(own)  # in the dtype of its file
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_openmammut(folder / WEIGHTS_FILE, model)

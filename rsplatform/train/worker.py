@@ -120,8 +120,8 @@ def initial_model(config: PretrainConfig, root: str) -> Mammut:
     Moments have their weights' dtype, and steps are smaller than a bfloat16 weight's next neighbour is far.
     """
     if config.start_from is not None:
-        model, _ = load_model(storage.local_folder(f"{root}/{config.start_from}/model"))
-        return model.float().train()
+        with storage.local_folder(f"{root}/{config.start_from}/model") as folder:
+            return load_model(folder)[0].float().train()
     assert config.model is not None, "the recipe's validator demands one of model and start_from"
     torch.manual_seed(config.seed)
     return Mammut(config.model.mammut_config())
@@ -149,7 +149,8 @@ def model_of_checkpoint(
 
 def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer that the launcher put into the job's folder."""
-    return Tokenizer.load(storage.local_folder(f"{folder}/tokenizer") / TOKENIZER_FILE)
+    with storage.local_folder(f"{folder}/tokenizer") as local:
+        return Tokenizer.load(local / TOKENIZER_FILE)
 
 
 class Recorder:

@@ -11,7 +11,7 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import StageConfig
 from rsplatform.stage import finished, open_stage
-from rsplatform.storage import is_s3, list_files, local_folder, read_bytes, read_json, upload_folder
+from rsplatform.storage import filesystem, is_s3, list_files, read_bytes, read_json, upload_folder
 from rsplatform.world.generate import WorldConfig, make_world
 from rsplatform.world.web import PAIR_SETS
 
@@ -35,7 +35,7 @@ def make_world_artifact(config: MakeWorldConfig, cluster: Cluster) -> Artifact:
                 _make(config.world, Path(folder))
                 upload_folder(Path(folder), stage.artifact.uri)
         else:
-            _make(config.world, local_folder(stage.artifact.uri))
+            _make(config.world, Path(filesystem(stage.artifact.uri)[1]))
         stage.counts = count_made(stage.artifact)
         stage.log({"megabytes": sum(list_files(stage.artifact.uri).values()) / 2**20})
     return stage.artifact

@@ -20,10 +20,10 @@ import torch
 from rasterio.io import MemoryFile
 from rasterio.transform import from_origin
 
-from rsplatform import artifacts, lease, storage
+from rsplatform import artifacts, cli, lease, raw_inputs, storage
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster
-from rsplatform.config import read_yaml, validate
+from rsplatform.config import ConfigError, read_yaml, validate
 from rsplatform.curate.caption import CaptionConfig, caption
 from rsplatform.curate.chips import IngestScenesConfig, ingest_scenes
 from rsplatform.dataset.build import BuildDatasetConfig, build_dataset
@@ -32,6 +32,7 @@ from rsplatform.index.build import BuildIndexConfig, build_index
 from rsplatform.lease import BusyError
 from rsplatform.ledger import Drop, read_drops, write_drops
 from rsplatform.localize.run import LocalizeConfig, localize
+from rsplatform.raw_inputs import list_raw_inputs
 from rsplatform.runtime import ray_runtime
 from rsplatform.shared_file import shared_file
 from rsplatform.train.checkpoint import CheckpointFolder
@@ -145,7 +146,49 @@ def test_folders_travel_both_ways(s3_root: str, tmp_path: Path) -> None:
     (tmp_path / "model" / "deep").mkdir(parents=True)
     (tmp_path / "model" / "deep" / "config.json").write_text("{}")
     storage.upload_folder(tmp_path / "model", f"{s3_root}/model")
-    assert (storage.local_folder(f"{s3_root}/model") / "deep" / "config.json").read_text() == "{}"
+    with storage.local_folder(f"{s3_root}/model") as folder:
+        assert (folder / "deep" / "config.json").read_text() == "{}"
+    assert not folder.exists(), "the copy lives as long as its block"
+    assert storage.list_folders(f"{s3_root}/model") == ["deep"]
+
+
+def test_raw_data_of_a_bucket_are_compared_by_their_etags(s3_root: str, tmp_path: Path) -> None:
+    """Put again as they are, they are the same; other bytes of the same size are seen; so is a copy on a disk."""
+    place = f"{s3_root}/raw"
+    for name in ("scenes/a.tif", "scenes/b.tif", "scenes/c.txt", "scenes_of_others/d.tif"):
+        storage.write_bytes(f"{place}/{name}", name.encode())
+    config = LocalizeConfig.model_validate(recipe("localize/world.yaml", scenes={"path": "scenes"}))
+    cluster = Cluster(root=str(tmp_path), data_root=place)
+    artifact, listed = Artifact(str(tmp_path), config.output), list_raw_inputs(config, cluster)
+    assert list(listed["scenes"].files) == ["a.tif", "b.tif"]
+    raw_inputs.record(artifact, listed)
+    storage.write_bytes(f"{place}/scenes/a.tif", b"scenes/a.tif")
+    raw_inputs.check_unchanged(artifact, list_raw_inputs(config, cluster))
+    copied = Cluster(root=str(tmp_path), data_root=str(storage.download_folder(place, tmp_path / "copy")))
+    raw_inputs.check_unchanged(artifact, list_raw_inputs(config, copied))
+    storage.write_bytes(f"{place}/scenes/a.tif", b"scenes/A.tif")
+    with pytest.raises(ArtifactError, match=r"changed scenes/a\.tif \(rewritten\)"):
+        raw_inputs.check_unchanged(artifact, list_raw_inputs(config, cluster))
+    one = LocalizeConfig.model_validate(recipe("localize/world.yaml", scenes={"path": f"{place}/scenes/a.tif"}))
+    assert list(list_raw_inputs(one, cluster)[f"{place}/scenes/a.tif"].files) == ["a.tif"]
+    none = LocalizeConfig.model_validate(recipe("localize/world.yaml", scenes={"path": f"{place}/scene"}))
+    with pytest.raises(ConfigError, match=r"scenes\.path: s3://scenes/root/raw/scene does not exist"):
+        list_raw_inputs(none, cluster)
+    lost = LocalizeConfig.model_validate(recipe("localize/world.yaml", scenes={"path": "s3://no-such-bucket/x"}))
+    with pytest.raises(storage.StorageError, match="'no-such-bucket' cannot be listed"):
+        list_raw_inputs(lost, cluster)
+
+
+def test_a_job_on_a_bucket_gives_links_to_what_a_person_reads(s3_root: str) -> None:
+    artifact, identity = Artifact(s3_root, "evaluation/links/v1"), artifacts.identity({}, {})
+    artifacts.begin(artifact, identity)
+    for name in ("report.json", "rows.bin"):
+        storage.write_bytes(artifact.path(name), name.encode())
+    artifacts.commit(artifact, identity, counts={}, metrics={}, run_id="run")
+    (line,) = cli._links(artifact)
+    name, link = line.split(" (link for an hour): ")
+    assert name.strip() == "report.json"
+    assert httpx.get(link, trust_env=False).content == b"report.json"
 
 
 def test_a_missing_bucket_is_named(s3_root: str) -> None:

@@ -3,6 +3,7 @@
 import base64
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,6 +117,15 @@ def test_an_open_address_is_refused_before_anything_starts(served_root: str) -> 
     cluster = tiny_cluster(served_root, serve={"host": "0.0.0.0", "port": 0})
     with pytest.raises(ConfigError, match="loopback"), serving(CONFIG, cluster):
         pass
+
+
+def test_a_taken_port_is_refused_before_anything_starts(served_root: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        cluster = tiny_cluster(served_root, serve={"host": "127.0.0.1", "port": port})
+        refusal = rf"cannot listen at 127\.0\.0\.1 port {port} \(Address already in use\).*cluster\.serve\.port="
+        with pytest.raises(ConfigError, match=refusal), serving(CONFIG, cluster):
+            pass
 
 
 def test_the_job_stops_on_sigterm_and_leaves_no_process(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "rsplatform"
 
 # Lower rooms may not import higher ones. The floor is what every room stands on.
-FLOOR = {"records", "geo", "config", "cluster", "storage", "shared_file", "artifacts", "lease", "ledger", "tracking"}
-FLOOR |= {"stage", "runtime", "cli"}
+FLOOR = {"records", "geo", "config", "cluster", "storage", "shared_file", "artifacts", "raw_inputs", "lease", "ledger"}
+FLOOR |= {"tracking", "stage", "runtime", "cli"}
 FLOW = [
     "world",
     "sources",

@@ -47,6 +47,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (["RECIPE", "CLUSTER", "txt=other"], 2, ["txt", "text"]),
         (["RECIPE", "CLUSTER", "output=text/cli/v2", "fails=true"], 1, ["copy failed", "burned"]),
         (["RECIPE", "CLUSTER", "output=text/cli/v3", "source=text/none/v1"], 2, ["text/none/v1 does not exist"]),
+        (
+            ["RECIPE", "CLUSTER", "output=text/cli/v3", "source=text/none/v1", "--dry-run"],
+            2,
+            [
+                "source = text/none/v1 (does not exist: run its job first)",
+                "to be made",
+                "error: ",
+                "/text/none/v1 does not",
+            ],
+        ),
         (["RECIPE", "CLUSTER", "output=text/cli/v4", "cluster.root=/proc/nowhere"], 1, ["cannot write", "/proc"]),
     ],
 )

@@ -91,12 +91,24 @@ def test_a_missing_recipe_is_named() -> None:
         load_config(Recipe, "nowhere.yaml")
 
 
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """A folder in its place, a name that no disk takes, a link to itself: as for one that the user may not read."""
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "loop.yaml", "Too many levels of symbolic links"),
+    ):
+        with pytest.raises(ConfigError, match=rf"cannot be read \({reason}\); give a recipe"):
+            load_config(Recipe, path)
+
+
 def test_inputs_are_found_through_lists_unions_and_optionals() -> None:
     recipe = Recipe(
         output="dataset/a/v1",
         sources=[Chips(chips="chips/a/v1", extra=["one", "two"]), Web(folder="photos"), Web()],
     )
-    assert list(iter_inputs(recipe)) == [
+    assert [(item.field, item.value, item.is_artifact) for item in iter_inputs(recipe)] == [
         ("sources.0.chips", "chips/a/v1", True),
         ("sources.0.extra.0", "one", False),
         ("sources.0.extra.1", "two", False),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rsplatform import artifacts, storage
+from rsplatform.artifacts import Artifact
 from rsplatform.config import iter_inputs, load_config, nested_jobs
 from rsplatform.demo import DemoConfig
 
@@ -50,13 +52,30 @@ def test_the_readme_shows_the_example_of_the_usage(example: list[str]) -> None:
     assert shlex.split(shown) == example
 
 
+def finish(root: str, name: str) -> None:
+    """Put an artifact, or a path in one, where a job looks for it: a manifest, and a file with nothing in it."""
+    storage.write_bytes(f"{root}/{name}/file", b"")
+    artifact = Artifact(root, "/".join(name.split("/")[:3]))
+    artifacts.commit(artifact, artifacts.identity({}, {}), counts={}, metrics={}, run_id="none")
+
+
 @of_each_job()
-def test_an_example_passes_a_dry_run(
+def test_an_example_passes_a_dry_run_once_its_inputs_stand(
     example: list[str], root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Before, the dry run shows the plan, says what is missing and exits as the job would."""
     monkeypatch.chdir(REPOSITORY)
-    code = run([*example, f"cluster.root={root}", "--dry-run"])
-    printed = capsys.readouterr()
+    arguments = [*example, f"cluster.root={root}", "--dry-run"]
+    code, printed = run(arguments), capsys.readouterr()
+    missing = re.findall(r"^input  \S+ = (?:artifact://)?(\S+) \(does not exist", printed.out, re.M)
+    assert code == (2 if missing else 0), printed.err
+    assert "to be made" in printed.out
+    if missing:
+        first = "/".join(missing[0].split("/")[:3])
+        assert f"/{first} does not exist; run the job that makes {first} first" in printed.err
+    for name in missing:
+        finish(root, name)
+    code, printed = run(arguments), capsys.readouterr()
     assert code == 0, printed.err
     assert "to be made" in printed.out
 
@@ -71,8 +90,9 @@ def test_a_changed_recipe_names_an_output_of_its_own(example: list[str]) -> None
 def test_the_chain_over_own_data_reads_what_it_has_made(
     tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each line passes a dry run with nothing but scenes and landmarks, and reads outputs of lines above alone."""
+    """Each line passes a dry run with nothing but scenes, landmarks and what the lines above make."""
     (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "north_1.tif").touch()
     (tmp_path / "landmarks.geojson").touch()
     monkeypatch.chdir(REPOSITORY)
     (block,) = re.findall(r'^own="(.*)"\n(.*?)^```', README, re.M | re.S)
@@ -84,15 +104,15 @@ def test_the_chain_over_own_data_reads_what_it_has_made(
         code = run([script, recipe, *own, *changes, f"cluster.root={root}", "--dry-run"])
         printed = capsys.readouterr()
         assert code == 0, printed.err
-        assert set(re.findall(r"^input .* = (\S+) \((?:NOT )?", printed.out, re.M)) <= made
-        made |= set(re.findall(rf"^output {re.escape(root)}/(\S+) \(to be made\)", printed.out, re.M))
+        outputs = re.findall(rf"^output {re.escape(root)}/(\S+) \(to be made\)", printed.out, re.M)
+        for ref in outputs:
+            finish(root, ref)
+        made |= set(outputs)
     assert {ref.split("/")[0] for ref in made} >= {"model", "evaluation", "localization", "deployment"}
 
 
 def test_the_tree_of_public_data_shows_every_folder_that_the_real_recipe_reads() -> None:
     config = load_config(DemoConfig, REPOSITORY / "configs/demo/real.yaml")
-    places = [
-        value for job in nested_jobs(config).values() for _, value, is_artifact in iter_inputs(job) if not is_artifact
-    ]
+    places = [item.value for job in nested_jobs(config).values() for item in iter_inputs(job) if item.artifact is None]
     shown = re.findall(r"^(\w+/)  ", README, re.M)
     assert {f"{place.split('/')[0]}/" for place in places} == set(shown)

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import pytest
 
-from rsplatform import storage, tracking
+from rsplatform import artifacts, storage, tracking
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig, TemplateMarker
-from rsplatform.stage import finished, open_stage, plan, recipe_identity
+from rsplatform.config import Config, ConfigError, InputArtifact, InputPath, StageConfig, TemplateMarker
+from rsplatform.stage import check_input_artifacts, finished, open_stage, plan, recipe_identity
 
 
 class CopyConfig(StageConfig):
@@ -24,6 +24,30 @@ class PairConfig(StageConfig):
 
     first: CopyConfig
     sketch: Annotated[CopyConfig, TemplateMarker()]
+
+
+class LaterSection(Config):
+    level: int = 1
+
+
+class LaterCopyConfig(CopyConfig):
+    """What CopyConfig is after an upgrade: with a field, and a section, that have defaults."""
+
+    repeats: int = 1
+    later: LaterSection = LaterSection()
+
+
+class ReadConfig(CopyConfig):
+    """A stage with raw data."""
+
+    table: InputPath
+
+
+class TwoConfig(StageConfig):
+    """Two jobs that it runs."""
+
+    first: CopyConfig
+    second: CopyConfig
 
 
 def copy(config: CopyConfig, cluster: Cluster) -> Artifact:
@@ -115,6 +139,83 @@ def test_inputs_of_a_template_are_the_jobs_own_and_its_output_is_nobodys(cluster
     missing = config.model_copy(update={"sketch": sketch.model_copy(update={"source": "text/none/v1"})})
     with pytest.raises(ArtifactError, match="text/none/v1 does not exist"):
         recipe_identity(missing, cluster)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_field_that_came_later_is_another_recipe_only_if_it_is_set(cluster: Cluster, is_finished: bool) -> None:
+    config = CopyConfig(output=f"text/upgraded/{is_finished}", text="first")
+    artifact, recipe = Artifact(cluster.root, config.output), recipe_identity(config, cluster)
+    artifacts.begin(artifact, recipe)
+    if is_finished:
+        artifacts.commit(artifact, recipe, counts={}, metrics={}, run_id="none")
+    later = LaterCopyConfig(output=config.output, text="first")
+    assert plan(later, cluster)
+    with pytest.raises(ArtifactError, match="another recipe: config.repeats: 1 → 2. Name"):
+        plan(later.model_copy(update={"repeats": 2}), cluster)
+    with pytest.raises(ArtifactError, match="another recipe: config.later.level: 1 → 2. Name"):
+        plan(later.model_copy(update={"later": LaterSection(level=2)}), cluster)
+    with pytest.raises(ArtifactError, match="config.repeats: 3 → None"):
+        made = Artifact(cluster.root, f"text/downgraded/{is_finished}")
+        after = LaterCopyConfig(output=made.ref, repeats=3)
+        artifacts.begin(made, recipe_identity(after, cluster))
+        plan(CopyConfig(output=made.ref), cluster)
+    assert copy(later, cluster).manifest()["config"]["text"] == "first"
+
+
+def test_a_stage_keeps_what_it_was_begun_with_and_refuses_other_data(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    here = cluster.model_copy(update={"data_root": str(tmp_path)})
+    config = ReadConfig(output="text/raw/v1", table="rows.csv", fails=True)
+    with pytest.raises(RuntimeError, match="burned"):
+        copy(config, here)
+    (tmp_path / "rows.csv").write_text("a,b,c\n")
+    with pytest.raises(ArtifactError, match=r"begun with other raw data: changed rows\.csv \(4 → 6 bytes\)"):
+        copy(config, here)
+    done = copy(config.model_copy(update={"output": "text/raw/v2", "fails": False}), here)
+    assert done.manifest()["raw_inputs"] == {"rows.csv": {"files": 1, "bytes": 6}}
+    assert "raw_inputs.json" in done.manifest()["checksums"]
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    with pytest.raises(ArtifactError, match=r"made with other raw data: changed rows\.csv"):
+        copy(config.model_copy(update={"output": "text/raw/v2", "fails": False}), here)
+
+
+def test_nothing_is_begun_without_the_raw_data(cluster: Cluster, tmp_path: Path) -> None:
+    here = cluster.model_copy(update={"data_root": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"table: .*/rows\.csv does not exist"):
+        copy(ReadConfig(output="text/raw/v3", table="rows.csv"), here)
+    assert not storage.exists(Artifact(cluster.root, "text/raw/v3").uri)
+
+
+def test_missing_artifacts_are_told_from_unfinished_and_misspelt_ones(cluster: Cluster) -> None:
+    source = copy(CopyConfig(output="text/long_name/v1"), cluster)
+    artifacts.begin(Artifact(cluster.root, "text/begun/v1"), artifacts.identity({}, {}))
+    for ref, state in (
+        ("text/begun/v1", "is unfinished (no manifest): run its job first"),
+        ("text/lnog_name/v1", f"does not exist (did you mean {source.ref}?): run its job first"),
+        ("txet/long_name/v1", f"does not exist (did you mean {source.ref}?): run its job first"),
+        ("text/q/v7", "does not exist: run its job first"),
+    ):
+        config = CopyConfig(output="text/planned/v1", source=ref)
+        assert f"input  source = {ref} ({state})" in plan(config, cluster)
+        with pytest.raises(ArtifactError, match=f"{ref} .*; run the job that makes {ref} first"):
+            check_input_artifacts(config, cluster)
+
+
+def test_what_a_job_makes_itself_is_no_missing_input(cluster: Cluster) -> None:
+    second = CopyConfig(output="text/second_part/v1", source="text/first_part/v1")
+    config = TwoConfig(output="pair/b/v1", first=CopyConfig(output="text/first_part/v1"), second=second)
+    assert "second: input  source = text/first_part/v1 (made by first)" in plan(config, cluster)
+    check_input_artifacts(config, cluster)
+    wrong = config.model_copy(update={"second": second.model_copy(update={"source": "text/frist/v1"})})
+    with pytest.raises(ArtifactError, match="text/frist/v1 does not exist"):
+        check_input_artifacts(wrong, cluster)
+
+
+def test_a_path_that_a_finished_artifact_lacks_is_named(cluster: Cluster) -> None:
+    source = copy(CopyConfig(output="text/holder/v1"), cluster)
+    assert plan(ReadConfig(output="text/reader/v1", table=f"artifact://{source.ref}/text"), cluster)
+    with pytest.raises(ConfigError, match="table: .*/text/holder/v1/txt does not exist"):
+        plan(ReadConfig(output="text/reader/v1", table=f"artifact://{source.ref}/txt"), cluster)
 
 
 def test_params_are_dotted_keys_also_inside_lists(cluster: Cluster) -> None:

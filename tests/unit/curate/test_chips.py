@@ -13,11 +13,11 @@ from rasterio.transform import from_origin
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, load_config
-from rsplatform.curate import chips
+from rsplatform.curate import chips, cut_chips
 from rsplatform.curate.caption import ReadAndDescribe, TemplateCaptioner
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.ledger import read_drops
-from rsplatform.sources.scenes import SceneSource
+from rsplatform.sources.scenes import SceneSource, describe_scene
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FAR_AWAY = json.dumps(
@@ -34,11 +34,11 @@ FAR_AWAY = json.dumps(
 )
 
 
-def write_scene(path: Path, *, has_crs: bool = True) -> Path:
+def write_scene(path: Path, *, crs: str | None = "EPSG:32614") -> Path:
     pixels = np.random.default_rng(0).integers(1, 255, (3, 256, 256)).astype(np.uint8)
     profile = {"count": 3, "height": 256, "width": 256, "dtype": "uint8", "tiled": True, "compress": "deflate"}
     profile |= {"blockxsize": 64, "blockysize": 64, "transform": from_origin(500_000, 4_000_000, 2, 2)}
-    with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32614" if has_crs else None, **profile) as target:
+    with rasterio.open(path, "w", driver="GTiff", crs=crs, **profile) as target:
         target.write(pixels)
     return path
 
@@ -54,11 +54,16 @@ def test_bad_scenes_and_blocks_are_ledger_rows(tmp_path: Path, root: str) -> Non
     folder.mkdir()
     for name in ("train_a", "val_b"):
         write_scene(folder / f"{name}.tif")
-    write_scene(folder / "no_crs.tif", has_crs=False)
+    write_scene(folder / "no_crs.tif", crs=None)
     (folder / "broken.tif").write_bytes(b"II*\0")
+    write_scene(folder / "site.tif", crs='LOCAL_CS["site grid",UNIT["metre",1]]')
     config, cluster = config_of(folder), Cluster(root=root)
     scenes, drops = chips._scenes(config, cluster)
-    assert {Path(drop.id).stem: drop.reason for drop in drops} == {"broken": "unreadable", "no_crs": "no_crs"}
+    assert {Path(drop.id).stem: drop.reason for drop in drops} == {
+        "broken": "unreadable",
+        "no_crs": "no_crs",
+        "site": "unusable_crs",
+    }
     assert {scene.id: scene.split for scene in scenes} == {"train_a": "train", "val_b": "val"}
     cut = folder / "train_a.tif"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -81,6 +86,25 @@ def cut(config: chips.IngestScenesConfig, cluster: Cluster) -> tuple[dict, list[
     shards, _ = chips._shards(config, scenes)
     counts = run_plain(chips.make_pipeline(config, artifact), shards)
     return counts, lance.dataset(artifact.path(chips.CHIPS_TABLE)).to_table().to_pylist()
+
+
+def test_a_row_of_chips_is_read_in_runs_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strip across a wide scene would not fit a task's memory; the chips are the same however they are read."""
+    path = write_scene(tmp_path / "a.tif")
+    config = config_of(tmp_path)
+    scene = describe_scene("a.tif", str(path), config.scenes[0])
+    windows = cut_chips.windows_of(scene, config.recipe)
+    chip_px = 32 * 33
+    for max_px in (1, 3 * chip_px, 10**9):
+        runs = list(cut_chips.read_together(windows, max_px))
+        assert [window for run in runs for window in run] == windows
+        assert all(cut_chips._area_px(run[0], run[-1]) <= max_px or len(run) == 1 for run in runs)
+        assert all(len({window.chip_row for window in run}) == 1 for run in runs)
+        assert max(len(run) for run in runs) == {1: 1, 3 * chip_px: 5, 10**9: 15}[max_px]
+    shard = {"scene": scene.to_json(), "start": 10, "stop": 40}
+    whole = cut_chips.CutChips(config.recipe)(shard)
+    monkeypatch.setattr(cut_chips, "MAX_READ_PX", 2 * chip_px)
+    assert cut_chips.CutChips(config.recipe)(shard) == whole
 
 
 def test_a_source_decides_whether_chips_without_landmarks_stay(tmp_path: Path, root: str) -> None:
@@ -134,7 +158,7 @@ def test_chips_without_landmarks_get_no_caption_and_the_reason_says_so(tmp_path:
 
 
 def test_no_usable_scene_and_misspelt_globs_are_errors(tmp_path: Path, root: str) -> None:
-    write_scene(tmp_path / "no_crs.tif", has_crs=False)
+    write_scene(tmp_path / "no_crs.tif", crs=None)
     with pytest.raises(ConfigError, match="none of 1 files is usable: no_crs"):
         chips._scenes(config_of(tmp_path), Cluster(root=root))
     write_scene(tmp_path / "train_a.tif")

@@ -8,7 +8,7 @@ import pytest
 
 from rsplatform.artifacts import Artifact
 from rsplatform.curate.pipeline import DROP_FIELDS, Loaded, Pipeline, PipelineError, run_plain
-from rsplatform.ledger import read_drops
+from rsplatform.ledger import Drop, read_drops, write_drops
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("names", pa.list_(pa.string()))])
 
@@ -64,6 +64,17 @@ def test_a_rerun_reads_only_unfinished_shards(root: str) -> None:
     run_plain(resumed, [*SHARDS[:2], {**SHARDS[2], "stop": 25}])
     assert seen == ["s2", "s2"], "a changed shard is read again"
     assert len(rows(resumed)) == 25
+
+
+def test_drops_of_shards_that_are_no_more_leave_the_ledger(root: str) -> None:
+    """A run that was killed had cut its inputs otherwise, and others have written drops of their own."""
+    failing = pipeline(root, drop_odd, reader=lambda shard: read(shard) if shard["start"] < 20 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_plain(failing, SHARDS)
+    write_drops(failing.artifact, "test", "scenes", [Drop("scene", "no_crs")])
+    fewer = [{"shard": "s0", "start": 0, "stop": 4}]
+    assert run_plain(pipeline(root, drop_odd), fewer) == {"inputs": 4, "kept": 2, "dropped": {"odd": 2}}
+    assert sorted(read_drops(failing.artifact)["id"].to_pylist()) == ["001", "003", "scene"]
 
 
 @pytest.mark.parametrize("broken", [lambda table: table.slice(1), lambda table: table.take(list(range(9, -1, -1)))])

@@ -93,6 +93,30 @@ def test_what_is_missing_is_named(cluster: Cluster, changes: dict, words: str) -
         list(masked_pictures(segmentation(**changes), cluster))
 
 
+def test_pictures_are_found_by_globs_with_folders(cluster: Cluster) -> None:
+    names = ["a.png", "x/a.png", "x/y/a.png", "x/y/b.tif", "ax/a.png"]
+    for pattern, expected in (
+        ("*.png", ["a.png"]),
+        ("x/*.png", ["x/a.png"]),
+        ("?x/*", ["ax/a.png"]),
+        ("**/*.png", ["a.png", "ax/a.png", "x/a.png", "x/y/a.png"]),
+        ("x/**/*", ["x/a.png", "x/y/a.png", "x/y/b.tif"]),
+    ):
+        assert segmentation(images=pattern).pictures_of(names) == expected
+
+
+def test_a_picture_without_its_mask_is_named_by_the_listing_alone(cluster: Cluster) -> None:
+    benchmark = segmentation(images="p/*.jpg", mask_replace={"p/": "m/", ".jpg": ".png"})
+    names = ["m/a.png", "m/b.png", "m/d.png", "p/a.jpg", "p/b.jpg"]
+    assert benchmark.select_files(names) == ["p/a.jpg", "p/b.jpg", "m/a.png", "m/b.png"]
+    colours = benchmark.model_copy(update={"nearest_colour_from": "q/*.jpg"})
+    with pytest.raises(ConfigError, match=r"no picture matches 'q/\*\.jpg'"):
+        colours.select_files(names)
+    assert colours.select_files([*names, "q/a.jpg", "q/a.png"])[-2:] == ["q/a.jpg", "q/a.png"]
+    with pytest.raises(ConfigError, match=r"no m/c\.png, the mask of p/c\.jpg \(1 missing\); fix `mask_replace` of s"):
+        benchmark.select_files([*names, "p/c.jpg"])
+
+
 def test_unnamed_mask_values_are_ignored() -> None:
     classes = [MaskClass(name="a", values=[0, 7], prompts=["a"]), MaskClass(name="b", values=[3], prompts=["b"])]
     np.testing.assert_array_equal(encode_mask(np.array([[0, 7, 3, 9]]), classes), [[0, 0, 1, 255]])

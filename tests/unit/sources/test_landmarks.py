@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import pytest
 import shapely
@@ -20,6 +21,7 @@ def write_geojson(path: Path, *features: tuple[dict[str, object], object]) -> La
 
 SQUARE = shapely.geometry.mapping(shapely.box(10, 50, 10.001, 50.001))
 BOW_TIE = {"type": "Polygon", "coordinates": [[[0, 0], [1, 1], [1, 0], [0, 1], [0, 0]]]}
+LOCAL_GRID = 'LOCAL_CS["site grid",UNIT["metre",1],AXIS["x",EAST],AXIS["y",NORTH]]'
 LINE = {"type": "LineString", "coordinates": [[10, 60], [10, 60.01]]}
 
 
@@ -59,6 +61,25 @@ def test_files_and_columns_that_do_not_fit_are_named(tmp_path: Path) -> None:
         read_landmarks(LandmarkSource(path=str(tmp_path / "absent.gpkg")), str)
     with pytest.raises(ConfigError, match="give one of"):
         read_landmarks(LandmarkSource(path=str(tmp_path / "a.vrt")), str)
+
+
+def test_a_misspelt_layer_is_named_with_those_that_exist(tmp_path: Path) -> None:
+    path = tmp_path / "map.gpkg"
+    frame = geopandas.GeoDataFrame({"building": ["yes"]}, geometry=[shapely.box(10, 50, 11, 51)], crs="EPSG:4326")
+    for layer in ("buildings", "roads"):
+        frame.to_file(path, layer=layer)
+    with pytest.raises(
+        ConfigError, match=r"map\.gpkg: no layer 'bulidings'; did you mean 'buildings'\? .*roads; fix `l"
+    ):
+        read_landmarks(LandmarkSource(path=str(path), layer="bulidings"), str)
+    assert len(read_landmarks(LandmarkSource(path=str(path), layer="buildings"), str)[0]) == 1
+
+
+def test_landmarks_on_a_local_grid_are_refused(tmp_path: Path) -> None:
+    frame = geopandas.GeoDataFrame({"kind": ["a"]}, geometry=[shapely.box(0, 0, 1, 1)], crs=LOCAL_GRID)
+    frame.to_file(tmp_path / "site.gpkg")
+    with pytest.raises(ConfigError, match=r"site\.gpkg: 'site grid' has no way to longitude and latitude"):
+        read_landmarks(LandmarkSource(path=str(tmp_path / "site.gpkg")), str)
 
 
 def test_visible_parts_have_their_share_and_position() -> None:

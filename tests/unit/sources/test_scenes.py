@@ -10,7 +10,7 @@ import rasterio
 from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 
-from rsplatform.config import ConfigError
+from rsplatform.config import ConfigError, validate
 from rsplatform.sources.scenes import (
     Scene,
     SceneError,
@@ -95,17 +95,30 @@ def bad_files(folder: Path, noise_BHW: np.ndarray) -> dict[str, Path]:
         "cut": folder / "header_cut.tif",
         "text": folder / "text.tif",
         "no_crs": write_tiff(folder / "no_crs.tif", noise_BHW, crs=None),
+        "unusable_crs": write_tiff(folder / "site.tif", noise_BHW, crs='LOCAL_CS["site grid",UNIT["metre",1]]'),
         "too_few_bands": write_tiff(folder / "grey.tif", noise_BHW[:1]),
         "no_data": write_tiff(folder / "blank.tif", np.zeros(noise_BHW.shape, np.uint16), nodata=0),
     }
+
+
+REASONS = {"no_crs", "unusable_crs", "too_few_bands", "no_data"}
 
 
 def test_files_that_are_no_scenes_say_why(tmp_path: Path, noise_BHW: np.ndarray) -> None:
     for name, path in bad_files(tmp_path, noise_BHW).items():
         with pytest.raises(SceneError) as error:
             describe(path)
-        assert error.value.reason == (name if name in {"no_crs", "too_few_bands", "no_data"} else "unreadable")
+        assert error.value.reason == (name if name in REASONS else "unreadable")
         assert path.name in error.value.detail
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32614"])
+def test_coordinates_that_lie_nowhere_on_earth_are_no_scene(tmp_path: Path, noise_BHW: np.ndarray, crs: str) -> None:
+    """Metres that are labelled as degrees, and metres beyond every zone."""
+    path = write_tiff(tmp_path / "a.tif", noise_BHW, crs=crs, transform=from_origin(5e8, 4e8, 2, 2))
+    with pytest.raises(SceneError, match=r"a\.tif: x .* lies nowhere on Earth in 'WGS 84.*gdal_edit") as error:
+        describe(path)
+    assert error.value.reason == "unusable_crs"
 
 
 class CountingDataset:
@@ -190,3 +203,53 @@ def test_missing_places_and_patterns_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(ConfigError, match=r"matches '\*.tif'"):
         find_scene_files(SceneSource(path=str(tmp_path)), str)
+
+
+def test_a_pattern_finds_both_endings_in_any_case_and_nothing_else(tmp_path: Path) -> None:
+    names = ["a.tif", "b.TIF", "c.tiff", "d.Tiff", "sub/e.TIFF", "a.tif.aux.xml", "f.tfw", "tif"]
+    (tmp_path / "sub").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+
+    def found(**changes: str) -> list[str]:
+        source = SceneSource.model_validate({"path": str(tmp_path)} | changes)
+        return [place.removeprefix(f"{tmp_path}/") for _, place in find_scene_files(source, str)]
+
+    assert found() == names[:5]
+    assert found(pattern="*.TIFF") == names[:5]
+    assert found(pattern="[ab].tif") == names[:2]
+    assert found(path=str(tmp_path / "b.TIF"))[0].endswith("b.TIF"), "one file is no folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "expected"),
+    [
+        ("a_20230231", "", ""),
+        ("a_2023-02-28", "", "2023-02-28T00:00:00Z"),
+        ("a", "2023:02:28 25:61:61", ""),
+        ("a", "2023:02:28 23:59:59", "2023-02-28T23:59:59Z"),
+        ("a_20200102", "2023:02:31 10:00:00", "2020-01-02T00:00:00Z"),
+    ],
+)
+def test_a_date_that_is_none_is_unknown(
+    tmp_path: Path, noise_BHW: np.ndarray, name: str, tag: str, expected: str
+) -> None:
+    path = write_tiff(tmp_path / f"{name}.tif", noise_BHW)
+    with rasterio.open(path, "r+") as target:
+        target.update_tags(TIFFTAG_DATETIME=tag)
+    assert describe(path).datetime == expected
+
+
+def test_dates_of_a_recipe_are_checked_when_it_is_loaded(tmp_path: Path, noise_BHW: np.ndarray) -> None:
+    for wrong in ("2010", "2010-02-31", "last summer", ""):
+        with pytest.raises(
+            ConfigError, match=rf"test: dates: .*'a\*': '{wrong}' is no date; write one such as 2010-07"
+        ):
+            validate(SceneSource, {"path": "x", "dates": {"a*": wrong}}, "test")
+    path = write_tiff(tmp_path / "a.tif", noise_BHW)
+    for date, expected in (
+        ("2010-07-01", "2010-07-01T00:00:00Z"),
+        ("2010-07-01T02:00:00+02:00", "2010-07-01T00:00:00Z"),
+    ):
+        source = SceneSource(path=str(path), dates={"a*": date})
+        assert describe_scene("a.tif", str(path), source).datetime == expected
