@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,14 @@ def _new_databases_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Itera
 def root(tmp_path: Path) -> str:
     """An empty artifact root."""
     return str(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT is a KeyboardInterrupt, as on a terminal, also where a shell started the tests in the background."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
 
 
 def pytest_configure(config: pytest.Config) -> None:

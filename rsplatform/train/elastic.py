@@ -1,10 +1,15 @@
 """What Ray Train needs to follow a cluster that grows and shrinks: worker counts that fit a batch, and a warning taken.
 
-In: the numbers of workers to choose from. Out: a trainer that starts the most of them that fit the cluster, and a word
-when a worker's machine is about to go. Ray's own policy takes every number of a range, so 256 samples would meet three
-workers. Rounding it down overrides two methods that Ray keeps to itself: read them again with a new version of Ray.
+In: the numbers of workers to choose from. Out: a trainer that starts the most of them that fit the cluster, a word when
+a worker's machine is about to go, and a Ctrl-C that stops the workers. Ray's own policy takes every number of a range,
+so 256 samples would meet three workers. Rounding it down overrides two methods that Ray keeps to itself: read them
+again with a new version of Ray.
 """
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray.train
@@ -54,3 +59,19 @@ class PreemptionNotice:
             return False
         self._is_known = ray.train.get_preemption_info() is not None
         return self._is_known
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c() -> Iterator[None]:
+    """A SIGINT inside stops the workers, then is the KeyboardInterrupt that it is anywhere else; after it as before.
+
+    Ray Train installs its handler for good: it exits the process without a word, and swallows what comes after a run.
+    """
+    earlier = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as exited:
+        raise KeyboardInterrupt from exited
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, earlier)

@@ -161,7 +161,7 @@ def check_workers(batch_size: int, placement: TrainPlacement) -> None:
 def _ray_train(job: WorkerJob) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from rsplatform.train.elastic import ElasticTrainer
+    from rsplatform.train.elastic import ElasticTrainer, stopped_by_ctrl_c
 
     placement = job.placement
     # a work folder per start: Ray keeps no state of ours there, and its own restore stays out of exact resume
@@ -191,7 +191,7 @@ def _ray_train(job: WorkerJob) -> dict[str, Any]:
         ),
     )
     try:
-        with shown_progress(job.run, job.config.curriculum.num_steps):
+        with stopped_by_ctrl_c(), shown_progress(job.run, job.config.curriculum.num_steps):
             outcome = trainer.fit().return_value
     finally:
         system.delete_dir(path)

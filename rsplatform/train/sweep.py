@@ -1,14 +1,15 @@
 """Front door `tune`: a pretraining recipe and the fields to search in, the best recipe out, through Ray Tune.
 
 Trials are drawn from the seed before the sweep starts, so a resumed sweep has the same ones; a finished trial
-left its result file, an unfinished one goes on from its checkpoint. ASHA stops poor ones; a population (population.py,
-evolution.py) runs one Ray Tune experiment per generation. A trial is one worker in one Tune actor (launcher "local"); a
-trial over several workers is not here.
+left its result file, an unfinished one goes on from its checkpoint, also after a Ctrl-C. ASHA stops poor ones; a
+population (population.py, evolution.py) runs one Ray Tune experiment per generation. A trial is one worker in one Tune
+actor (launcher "local"); a trial over several workers is not here.
 """
 
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -82,7 +83,9 @@ def _search_asha(
             prepare_tokenizer(recipe, cluster, trial.folder)
             jobs.append(WorkerJob(recipe, cluster.root, trial.folder, placement, trial.run))
     if jobs:
-        halving = ASHAScheduler(
+        halving = _Halving(
+            jobs,
+            config.objective,
             time_attr="step",
             max_t=num_steps,
             grace_period=min(scheduler.grace_steps, num_steps),
@@ -91,13 +94,25 @@ def _search_asha(
         with ray_runtime(cluster):
             outcomes = _run_trials(config, cluster, stage, jobs, _trial, halving)
         for job, outcome in zip(jobs, outcomes, strict=True):
-            if outcome.error is None:
-                _record_stopped(job, outcome.metrics or {}, config.objective)
-            elif _has_diverged(outcome):
+            if _has_diverged(outcome):
                 result = {"step": 0, "stopped_early": True, "diverged": True}
                 storage.write_json(f"{job.folder}/{RESULT}", result)
         _raise_failures(outcomes)
     return recipes
+
+
+class _Halving(ASHAScheduler):
+    """ASHA that leaves the result of a trial as it stops it: only this is known to be no interruption."""
+
+    def __init__(self, jobs: Sequence[WorkerJob], objective: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._jobs, self._objective = jobs, objective
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            _record_stopped(self._jobs[trial.config["index"]], result, self._objective)
+        return decision
 
 
 def _search_population(evolution: Evolution, stage: Stage) -> list[PretrainConfig]:
@@ -123,8 +138,10 @@ def _run_trials(
     """What became of each job.
 
     Raises:
-        SweepError: Tune was interrupted before every job had begun.
+        SweepError: Tune was interrupted before every job had come to an end.
     """
+    # Tune would take a Ctrl-C for itself and return as if all trials had ended
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     resources = {"cpu": cluster.tune.cpus_per_trial, "gpu": cluster.tune.gpus_per_trial}
     system, path = storage.filesystem(stage.artifact.path("work/ray_tune"))
     system.create_dir(path)
@@ -147,7 +164,8 @@ def _run_trials(
         system.delete_dir(path)
     by_index = {}
     for outcome in (outcomes[place] for place in range(len(outcomes))):
-        if not outcome.config:  # Tune takes a Ctrl-C for itself and returns trials that never ran
+        found = outcome.metrics or {}
+        if not outcome.config or (outcome.error is None and not found.get("done")):  # a SIGUSR1 ends Tune like that
             raise outcome.error or SweepError(f"{config.output}: interrupted; run the same command to go on")
         by_index[outcome.config["index"]] = outcome
     return [by_index[index] for index in range(len(jobs))]
@@ -193,7 +211,7 @@ def _trial(parameters: Mapping[str, Any], jobs: Sequence[WorkerJob], objective: 
 
 
 def _record_stopped(job: WorkerJob, metrics: Mapping[str, Any], objective: str) -> None:
-    """The result of a trial that ASHA stopped, which could not write it itself."""
+    """The result of a trial that was stopped before its last step; one that came to its end has left its own."""
     if not storage.exists(f"{job.folder}/{RESULT}"):
         found = {key: metrics[key] for key in ("step", objective) if key in metrics}
         result = {"step": 0} | found | {"stopped_early": True}

@@ -116,6 +116,16 @@ def test_a_killed_worker_changes_nothing(cluster: Cluster, num_workers: int, eng
     assert greatest_difference(survivor, undisturbed) == 0.0
 
 
+def test_ctrl_c_stops_a_training_that_goes_on_later(cluster: Cluster, ctrl_c: None) -> None:
+    folder = Path(cluster.root) / "model" / "stopped" / "v1"
+    with once(folder / "checkpoints", press_ctrl_c), pytest.raises(KeyboardInterrupt):
+        train(cluster, "stopped", TrainPlacement(), **LONG)
+    assert not Artifact(cluster.root, "model/stopped/v1").is_finished
+    resumed = train(cluster, "stopped", TrainPlacement(), **LONG)
+    assert greatest_difference(resumed, Artifact(cluster.root, "model/undisturbed-plain/v1")) == 0.0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a later Ctrl-C is not Ray Train's either"
+
+
 def test_a_machine_that_is_taken_away_leaves_its_share_to_the_others(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +201,11 @@ def once(folder: Path, act: Callable[[], bool]) -> Iterator[None]:
         ended.set()
         watcher.join()
     assert done.is_set(), "the block ended before anything could be done to it"
+
+
+def press_ctrl_c() -> bool:
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
 
 
 def folder_that_is(folder: Path) -> Path:

@@ -1,11 +1,17 @@
-"""Ray Tune: four trials as child runs, a best recipe that pretrain accepts, a resumed sweep that repeats nothing; and
-a population, generation by generation."""
+"""Ray Tune: four trials as child runs, a best recipe that pretrain accepts, a sweep that goes on after a Ctrl-C and
+repeats nothing; and a population, generation by generation."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
+from watchfiles import watch
 
 from rsplatform import artifacts, storage, tracking
 from rsplatform.artifacts import Artifact
@@ -18,10 +24,11 @@ from rsplatform.train.population import member_recipe
 from rsplatform.train.recipe import PretrainConfig
 from rsplatform.train.sweep import BEST_RECIPE, tune
 from rsplatform.train.sweep_recipe import TuneConfig
-from rsplatform.train.trials import RESULT
+from rsplatform.train.trials import RESULT, TRIAL
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 pytestmark = pytest.mark.ray
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +54,28 @@ def sweep_config(**changes) -> TuneConfig:
     return TuneConfig.model_validate(document | changes)
 
 
-def test_a_sweep_finds_a_recipe_and_resumes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = sweep_config()
-    with monkeypatch.context() as patch:
-        patch.setattr("rsplatform.train.sweep._conclude", _break)
-        with pytest.raises(OSError, match="unplugged"):
-            tune(config, cluster)
-    assert set(child_statuses(cluster, config.output)) == {"FINISHED"}  # each trial had its result
+def test_a_sweep_goes_on_after_a_ctrl_c_and_finds_a_recipe(cluster: Cluster, tmp_path: Path, ctrl_c: None) -> None:
+    schedule = {"learning_rate": 1e-3, "warmup_steps": 2}
+    phases = [{"name": name, "steps": steps, "schedule": schedule} for name, steps in (("web", 4), ("mix", 36))]
+    changes = {"phases": phases, "validate_every_steps": 20, "checkpoint_every_steps": 10}
+    recipe = tiny_recipe(output="model/tuned/v1", **changes)
+    config = sweep_config(recipe=recipe, scheduler={"type": "asha", "grace_steps": 20})
+    one_by_one = cluster.model_copy(update={"tune": cluster.tune.model_copy(update={"max_concurrent_trials": 1})})
     folder = Path(cluster.root) / config.output / "trials"
+    interrupt(config, one_by_one, folder / "2" / "checkpoints", tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
-    assert len(before) == 4
-    (folder / "2" / RESULT).unlink()  # as if the driver had died before this trial ended
-    artifact = tune(config, cluster)
+    stood = {path.parent.name for path in before}
+    assert {"0", "1"} <= stood < {"0", "1", "2", "3"}, "what had ended is known, and nothing else"
+    statuses = child_statuses(cluster, config.output)
+    assert statuses == {index: "FINISHED" if index in stood else "FAILED" for index in "0123"}
+    assert not (folder.parent / BEST_RECIPE).exists() and not Artifact(cluster.root, config.output).is_finished
+    begun = {path.parents[1].name for path in folder.glob("*/checkpoints/step_*")} - stood
+
+    artifact = tune(config, one_by_one)
     after = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
-    assert {path for path in before if after[path] != before[path]} == {folder / "2" / RESULT}
+    assert len(after) == 4 and all(after[path] == before[path] for path in before)
+    for index in begun:
+        assert first_steps(cluster, folder / index)[-1] > 0, "went on from its checkpoint"
 
     dataset = Artifact(cluster.root, "dataset/tiny/v1")
     assert artifact.manifest()["inputs"] == {dataset.ref: dataset.fingerprint()}
@@ -102,20 +117,44 @@ def test_a_failing_trial_fails_the_sweep_in_one_sentence_and_leaves_no_run_open(
         tune(config, cluster)
     told = own_error(raised.value)
     assert isinstance(told, RecipeMismatchError) and "are chips, web_pairs" in str(told)
-    assert child_statuses(cluster, config.output) == ["FAILED", "FAILED"]
+    assert child_statuses(cluster, config.output) == {"0": "FAILED", "1": "FAILED"}
 
 
-def child_statuses(cluster: Cluster, ref: str) -> list[str]:
-    """Statuses of the trials' MLflow runs of a sweep that did not finish."""
+def interrupt(config: TuneConfig, cluster: Cluster, begun: Path, folder: Path) -> None:
+    """Start the job as a process on this module's Ray, and press Ctrl-C when there is a checkpoint in `begun`."""
+    recipe, place = folder / "recipe.yaml", folder / "cluster.yaml"
+    recipe.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    place.write_text(yaml.safe_dump({"metadata": {"rsplatform": cluster.model_dump(mode="json", exclude_none=True)}}))
+    job = subprocess.Popen(
+        [sys.executable, "jobs/tune.py", str(recipe), str(place)],
+        cwd=REPOSITORY,
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "errors.txt").open("w"),
+    )
+    for changes in watch(cluster.root, step=20, rust_timeout=1000, yield_on_timeout=True):
+        assert job.poll() is None, (folder / "errors.txt").read_text()[-4000:]
+        if any(path.startswith(f"{begun}/step_") for _, path in changes):
+            break
+    job.send_signal(signal.SIGINT)
+    code, told = job.wait(timeout=60), (folder / "errors.txt").read_text()
+    assert code == 130 and told.endswith("stopped; run the same command again to resume\n"), (code, told[-4000:])
+
+
+def first_steps(cluster: Cluster, trial: Path) -> list[int]:
+    """The steps at which a trial's training was started."""
+    client = tracking._client(tracking.tracking_uri(cluster.root))
+    run_id = storage.read_json(str(trial / TRIAL))["run_id"]
+    return [metric.step for metric in client.get_metric_history(run_id, "train/workers")]
+
+
+def child_statuses(cluster: Cluster, ref: str) -> dict[str, str]:
+    """Statuses of the trials' MLflow runs of a sweep that did not finish, by trial."""
     parent = artifacts.noted_run(Artifact(cluster.root, ref))
     client = tracking._client(tracking.tracking_uri(cluster.root))
     experiment = client.get_run(parent).info.experiment_id
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    return [run.info.status for run in children]
-
-
-def _break(*_) -> None:
-    raise OSError("unplugged")
+    return {run.data.tags["trial"]: run.info.status for run in children}
 
 
 def assert_children(cluster: Cluster, parent: str, trials: list[str]) -> None:
