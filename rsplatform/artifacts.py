@@ -7,34 +7,18 @@ recipe and refused for another. This module moves no pixels and knows no stage.
 
 import difflib
 import hashlib
-import importlib.metadata
-import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from rsplatform import storage
+from rsplatform import provenance, storage
 from rsplatform.storage import list_folders
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 # Above this size a checksum would read the data again; the size is recorded instead.
 CHECKSUM_LIMIT_BYTES = 256 * 2**20
-PACKAGES = (
-    "torch",
-    "ray",
-    "deepspeed",
-    "mlflow",
-    "pylance",
-    "lancedb",
-    "pyarrow",
-    "rasterio",
-    "pydantic",
-    "numpy",
-)
 
 
 class ArtifactError(ValueError):
@@ -178,8 +162,8 @@ def commit(
         "counts": counts,
         "metrics": metrics,
         "mlflow_run_id": run_id,
-        "git_sha": git_sha(),
-        "packages": package_versions(),
+        "git_sha": provenance.git_sha(),
+        "packages": provenance.package_versions(),
         "checksums": _checksums(artifact),
         "sizes": _files(artifact),
         "finished": _now(),
@@ -267,29 +251,6 @@ def _jsonable(document: Any) -> Any:
     if isinstance(document, list | tuple):
         return [_jsonable(value) for value in document]
     return document
-
-
-def git_sha() -> str:
-    """Commit of this code, with `-dirty` for local changes; RSPLATFORM_GIT_SHA where no checkout travels along."""
-    if os.environ.get("RSPLATFORM_GIT_SHA"):
-        return os.environ["RSPLATFORM_GIT_SHA"]
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        folder = Path(__file__).parent
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that shape results."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
 
 
 def list_artifacts(root: str, kind: str) -> list[Artifact]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 
-from rsplatform import artifacts, lease, raw_inputs, storage, tracking
+from rsplatform import artifacts, lease, provenance, raw_inputs, storage, tracking
 from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, RecipeInput, StageConfig, flatten, iter_inputs, nested_jobs
@@ -126,7 +126,7 @@ def _start_run(config: StageConfig, cluster: Cluster, artifact: Artifact) -> tra
         for ref in input_artifacts(config).values()
     }
     tags = {"kind": kind, "name": name, "version": version, "ref": config.output, "uri": artifact.uri}
-    tags |= {"git_sha": artifacts.git_sha()} | parents
+    tags |= {"git_sha": provenance.git_sha()} | parents
     params = config.model_dump(mode="json")
     resume = artifacts.noted_run(artifact)
     run = tracking.start_run(

@@ -162,13 +162,17 @@ def _run_trials(
         outcomes = tuner.fit()
     finally:
         system.delete_dir(path)
+    return _in_order(config, [outcomes[place] for place in range(len(outcomes))])
+
+
+def _in_order(config: TuneConfig, outcomes: Sequence[ray_tune.Result]) -> list[ray_tune.Result]:
     by_index = {}
-    for outcome in (outcomes[place] for place in range(len(outcomes))):
+    for outcome in outcomes:
         found = outcome.metrics or {}
         if not outcome.config or (outcome.error is None and not found.get("done")):  # a SIGUSR1 ends Tune like that
             raise outcome.error or SweepError(f"{config.output}: interrupted; run the same command to go on")
         by_index[outcome.config["index"]] = outcome
-    return [by_index[index] for index in range(len(jobs))]
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def _has_diverged(outcome: ray_tune.Result) -> bool:

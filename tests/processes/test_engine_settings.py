@@ -35,15 +35,15 @@ LOSS_KINDS, BAD_LOSSES, NUM_LOSS_STEPS = ("plain", "fsdp", "zero3"), {2: 1e4, 3:
 State = dict[str, Tensor]
 
 
-def make_model(dtype: torch.dtype) -> Mammut:
-    model = tiny_model(patch_dropout=0.25, cropped_positions=True).to(dtype)
+def make_model(dtype: torch.dtype, *, draws: bool = True) -> Mammut:
+    model = (tiny_model(patch_dropout=0.25, cropped_positions=True) if draws else tiny_model()).to(dtype)
     # the loop's pixels are float32
     model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype), *inputs[1:]))
     return model
 
 
-def make_engine(kind: str, *, recomputes: bool) -> Engine:
-    model = make_model(torch.float32 if kind.startswith("zero") else torch.float64)
+def make_engine(kind: str, *, recomputes: bool, draws: bool = True) -> Engine:
+    model = make_model(torch.float32 if kind.startswith("zero") else torch.float64, draws=draws)
     if recomputes:
         prepare_blocks(model, BlockConfig(1, compile_blocks=kind == "fsdp", compile_backend="eager"))
     if kind == "plain":
@@ -79,8 +79,8 @@ def train(kind: str, *, recomputes: bool) -> State:
 
 def train_past_bad_losses(kind: str, steps: Collection[int], num_skipped: int) -> State:
     """The last state and the losses and norms of the steps taken, over the batches of `steps`; a batch of BAD_LOSSES
-    has its bad loss on the first process only."""
-    engine, rows, saved = make_engine(kind, recomputes=True), [], {}
+    has its bad loss on the first process only. Without draws, which follow the number of a step."""
+    engine, rows, saved = make_engine(kind, recomputes=True, draws=False), [], {}
     share, current, skipped = Share(dist.get_rank(), dist.get_world_size()), [0], []
     forward = engine.forward
 

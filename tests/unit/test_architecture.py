@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "rsplatform"
 
 # Lower rooms may not import higher ones. The floor is what every room stands on.
 FLOOR = {"records", "geo", "config", "cluster", "storage", "shared_file", "artifacts", "raw_inputs", "lease", "ledger"}
-FLOOR |= {"tracking", "stage", "runtime", "cli"}
+FLOOR |= {"provenance", "tracking", "stage", "runtime", "cli"}
 FLOW = [
     "world",
     "sources",

@@ -103,7 +103,7 @@ def test_a_failed_stage_is_resumed_under_the_same_run(cluster: Cluster, monkeypa
 
 def test_an_input_that_lost_something_is_named_before_any_work(cluster: Cluster) -> None:
     source = copy(CopyConfig(output="text/whole/v1"), cluster)
-    config = CopyConfig(output="text/of_damaged/v1", source=source.ref)
+    config = CopyConfig(output="text/shrunk/v1", source=source.ref)
     path = Path(source.path("text"))
     path.write_bytes(b"hel")
     with pytest.raises(ArtifactError, match="whole/v1/text has 3 bytes, its manifest says 5; delete"):
