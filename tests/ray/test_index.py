@@ -1,19 +1,32 @@
-"""build_index on Ray Data: the same rows as without Ray, drops with reasons, a rerun is a no-op."""
+"""build_index on Ray Data: the same rows as without Ray, also if a worker dies; drops with reasons, no-op reruns."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import dying_workers as dying
 import lance
+import numpy as np
 import pytest
-from tiny_service import CHIPS, INDEX, MODEL, build_config, finish, make_artifacts, make_model, tiny_cluster
+import ray.cloudpickle
+from tiny_service import CAPTIONS, CHIPS, INDEX, MODEL, build_config, finish, make_artifacts, make_model, tiny_cluster
 
 from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
-from rsplatform.curate.pipeline import run_plain
+from rsplatform.curate.pipeline import Loaded, run_pipeline, run_plain
 from rsplatform.index.build import build_index, index_pipeline
 from rsplatform.index.embed import load_embedder
 from rsplatform.index.store import TABLE_PATH, ChipIndex
 from rsplatform.ledger import read_drops
+from rsplatform.runtime import ray_runtime
 
 pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(dying)  # workers cannot import what lies in the tests' folder
+    with ray_runtime(tiny_cluster(str(tmp_path_factory.mktemp("ray")))):
+        yield
 
 
 def spoil_two_pictures(root: str) -> None:
@@ -54,6 +67,22 @@ def test_index_on_ray_equals_the_plain_one(tmp_path: Path) -> None:
     make_model(root, "model/other/v1", seed=1)
     with pytest.raises(ArtifactError, match="another recipe"):
         build_index(build_config().model_copy(update={"model": "model/other/v1"}), cluster)
+
+
+def test_an_embedder_that_dies_changes_nothing(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    make_artifacts(root)
+    spoil_two_pictures(root)
+    plain, shards = index_pipeline(build_config(), root, Artifact(root, "index/plain/v1"))
+    death = dying.Death("town_north-0025", str(tmp_path / "died"))  # in the second shard of four
+    embedder = Loaded(dying.DyingEmbedder, (root, MODEL, CAPTIONS, death))
+    killed = replace(plain, artifact=Artifact(root, "index/killed/v1"), operations=(embedder,))
+    assert run_pipeline(killed, shards, tiny_cluster(root)) == run_plain(plain, shards)
+    assert (tmp_path / "died").exists()
+    made, expected = (lance.dataset(item.artifact.path(TABLE_PATH)).to_table() for item in (killed, plain))
+    assert made.drop(["vector"]).equals(expected.drop(["vector"]))
+    vectors = [np.stack(table["vector"].to_numpy(zero_copy_only=False)) for table in (made, expected)]
+    np.testing.assert_allclose(*vectors, atol=2e-3)  # float16
 
 
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
