@@ -265,7 +265,7 @@ def similar_refs(root: str, ref: str) -> list[str]:
     kind, _, name = ref.partition("/")
     kinds = difflib.get_close_matches(kind, list_folders(root), n=1, cutoff=0.75)
     names = [item.ref.partition("/")[2] for near in kinds for item in list_artifacts(root, near)]
-    return [f"{near}/{found}" for near in kinds for found in difflib.get_close_matches(name, names, cutoff=0.6)]
+    return [f"{near}/{found}" for near in kinds for found in difflib.get_close_matches(name, names, cutoff=0.75)]
 
 
 def _now() -> str:
