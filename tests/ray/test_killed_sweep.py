@@ -13,14 +13,19 @@ from watchfiles import watch
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
-from rsplatform.train.trials import RESULT
+from rsplatform.cluster import Cluster
+from rsplatform.config import load_config
+from rsplatform.train.job import WorkerJob
+from rsplatform.train.sweep_recipe import TuneConfig
+from rsplatform.train.trials import RESULT, trial_placement
+from rsplatform.train.worker import run_worker
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_results_outlive_a_killed_driver_and_a_trial_that_died_before_leaving_its_own(tmp_path: Path) -> None:
+def test_results_outlive_a_killed_driver_and_a_training_that_stands_finished_without_one(tmp_path: Path) -> None:
     root = tmp_path / "root"
     make_tiny_dataset(str(root))
     command, errors = sweep_command(tmp_path, root), tmp_path / "errors.txt"
@@ -36,7 +41,9 @@ def test_results_outlive_a_killed_driver_and_a_trial_that_died_before_leaving_it
     before = results(folder)
     assert {"0"} <= before.keys() < {"0", "1", "2"}
     assert before["0"]["step"] == 40 and not before["0"]["stopped_early"], "nobody had come before it"
-    # as if that trial's process had been killed between its last checkpoint and its result
+    # as a trial that its minutes end stands without a driver: its last checkpoint, and no result
+    recipe = load_config(TuneConfig, tmp_path / "recipe.yaml").trials()[0][1]
+    run_worker(WorkerJob(recipe, str(root), str(folder / "0"), trial_placement(Cluster(root=str(root)))))
     (folder / "0" / RESULT).unlink()
 
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=own_ray(), timeout=600)
