@@ -223,7 +223,8 @@ def test_a_killed_training_goes_on_from_the_bucket_bitwise(
     driver = subprocess.run([sys.executable, "-c", KILLED_TRAINING, *arguments], cwd=REPOSITORY)
     assert driver.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
     left = CheckpointFolder(f"{cluster.root}/{killed.output}/checkpoints").steps()
-    assert left in ([2], [4]), "one is left, of a run that was to save the third"
+    # it dies as it is to save the third one; the second is being written beside the training, or the first pruned
+    assert left in ([2], [2, 4], [4])
     found = []
     for config in (whole, killed):
         artifact = pretrain(config, cluster)
