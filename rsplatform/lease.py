@@ -24,6 +24,8 @@ from rsplatform.shared_file import Found, SharedFile, shared_file
 LEASE = "work/lease.json"
 # How often a driver says that it lives, and the age at which nobody waits for it any longer.
 BEAT_S, STALE_S = 20.0, 60.0
+# Longer than it takes to leave the block.
+INTERRUPT_AGAIN_S = 10.0
 
 logger = logging.getLogger("rsplatform")
 
@@ -69,11 +71,16 @@ class Lease:
                 continue
             if known is None:
                 self.is_lost = True
-                main = threading.main_thread().ident
-                if self._is_in_main and main is not None and not self._ends.is_set():
-                    signal.pthread_kill(main, signal.SIGINT)  # as Ctrl-C, which also ends waiting
+                self._interrupt()
                 return
             self._known = known
+
+    def _interrupt(self) -> None:
+        """As Ctrl-C, which also ends waiting; again, as Python drops what is raised in a destructor or a callback."""
+        main = threading.main_thread().ident
+        while self._is_in_main and main is not None and not self._ends.is_set():
+            signal.pthread_kill(main, signal.SIGINT)
+            self._ends.wait(INTERRUPT_AGAIN_S)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import start_processes
 
-# pytest is the main module; the first optimizer imports torch._dynamo, which takes longer than most tests here
-PRELOADED = ("pytest", "torch._dynamo", "deepspeed", "rsplatform.train.fsdp", "tests.processes.killed_training")
+# pytest is the main module; the first optimizer imports torch._dynamo, and DeepSpeed's start its Muon with torch's whole
+# compiler: either takes longer than most tests here
+PRELOADED = (
+    "pytest",
+    "torch._dynamo",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "rsplatform.train.fsdp",
+    "tests.processes.killed_training",
+)
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
