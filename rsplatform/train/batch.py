@@ -59,9 +59,10 @@ class Batch:
         only. Samples lie on the processes at random: the n-th micro-batches of all processes hold about the same
         lengths, and none waits for another's long captions.
 
-        A batch that is run at once stays unsorted: where pads are left out of the mean, attention alone computes them
-        (transformer.TokenLayout), and four sorted parts took 2 % less than four unsorted ones (`tiny` at 64 px on a CPU,
-        captions as long as RSICD's); in the paper's model all attention of the texts is half a percent of a forward pass.
+        A batch that is run at once stays unsorted: where pads are left out of the mean, attention alone computes
+        them (transformer.TokenLayout), and four sorted parts took 2 % less than four unsorted ones (`tiny` at 64 px on
+        a CPU, captions as long as RSICD's); in the paper's model all attention of the texts is half a percent of a
+        forward pass.
         """
         order_B = self._lengths().argsort(stable=True)
         distance_m_B = self.ground_sample_distance_m_B
