@@ -17,8 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import start_processes
 
-# pytest is the main module; the first optimizer imports torch._dynamo, and DeepSpeed's first one its own Muon with torch's
-# whole compiler: either takes longer than most tests here
+# pytest is the main module; the first optimizer imports torch._dynamo, and DeepSpeed's first one its own Muon with
+# torch's whole compiler: either takes longer than most tests here
 PRELOADED = (
     "pytest",
     "torch._dynamo",
