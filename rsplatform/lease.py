@@ -26,6 +26,8 @@ LEASE = "work/lease.json"
 BEAT_S, STALE_S = 20.0, 60.0
 # Longer than it takes to leave the block.
 INTERRUPT_AGAIN_S = 10.0
+# Not SIGINT: a shell that starts a command in the background has it ignored.
+INTERRUPT = signal.SIGUSR2
 
 logger = logging.getLogger("rsplatform")
 
@@ -41,6 +43,7 @@ class Lease:
         self._artifact, self._file, self._known = artifact, file, known
         self._ends = threading.Event()
         self._is_in_main = threading.current_thread() is threading.main_thread()
+        self._earlier = signal.signal(INTERRUPT, signal.default_int_handler) if self._is_in_main else None
         self.is_lost = False
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
@@ -57,6 +60,8 @@ class Lease:
         """Let go of it. A place that cannot be reached is no error: there it grows old by itself."""
         self._ends.set()
         self._thread.join()
+        if self._is_in_main:
+            signal.signal(INTERRUPT, self._earlier or signal.SIG_DFL)
         try:
             self._file.remove(self._known)
         except Exception as error:
@@ -79,7 +84,7 @@ class Lease:
         """As Ctrl-C, which also ends waiting; again, as Python drops what is raised in a destructor or a callback."""
         main = threading.main_thread().ident
         while self._is_in_main and main is not None and not self._ends.is_set():
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, INTERRUPT)
             self._ends.wait(INTERRUPT_AGAIN_S)
 
 
