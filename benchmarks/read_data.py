@@ -29,6 +29,7 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import IMAGE_TABLES, SAMPLES_TABLE, SampleStore
+from rsplatform.model.float32_products import use_onednn_products
 from rsplatform.model.preprocess import read_square
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.records import SAMPLE_SCHEMA, WEB_PAIR_SCHEMA
@@ -176,6 +177,7 @@ def main() -> None:
         return
     split = Split(arguments.rsicd, "train")
     tokenizer = Tokenizer.train(split.all_captions(), 2048)
+    use_onednn_products()  # as our training processes do
     with tempfile.TemporaryDirectory() as root:
         write_dataset(root, split, arguments.pictures)
         compare(root, tokenizer, arguments)

@@ -22,6 +22,7 @@ import torch
 
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.model.embedder import Embedder
+from rsplatform.model.float32_products import use_onednn_products
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import Mammut, mammut_config
 from rsplatform.model.recall import chance_recall, recall_at_k
@@ -207,6 +208,8 @@ def main() -> None:
         raise SystemExit("no CUDA device here; leave --device out to train on the CPU")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    if arguments.device == "cpu":
+        use_onednn_products()
     settings = replace(Settings(), **{name: getattr(arguments, name) for name in asdict(Settings())})
     train_split, val_split = Split(arguments.rsicd, "train"), Split(arguments.rsicd, "val")
     tokenizer = Tokenizer.train(train_split.all_captions(), settings.vocab_size)

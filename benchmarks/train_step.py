@@ -2,7 +2,8 @@
 
 In: random pictures; captions of the full context and, where RSICD's JSON is, captions as long as its train split's.
 Out: per size a check that both compute the same losses from the same weights, then images/s of both and the median
-ratio, once against the reference as Python starts it and once with the memory setting that our training processes have.
+ratio, once against the reference as Python starts it and once with the settings that our training processes have:
+freed memory kept, and float32 products through oneDNN.
 The reference (reference_mammut.py) is the published step restated; where the test data are, it is first held to the
 outputs of the original implementation. Needs torch alone (safetensors for those files, tokenizers for RSICD), no Ray.
 Run: `python benchmarks/train_step.py` or `python benchmarks/train_step.py --captions …/dataset_rsicd.json`
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from reference_mammut import SHAPES, ReferenceMammut, ReferenceShape, ReferenceStep, conformance_gaps
 from torch import Tensor
 
+from rsplatform.model.float32_products import use_onednn_products
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
 from rsplatform.model.openmammut_config import config_of_layout
@@ -139,9 +141,10 @@ def serve(pipe: Connection, step: Callable[[], object], losses: Losses) -> None:
 
 
 def run_ours(pipe: Connection, name: str, lengths: list[int], threads: int) -> None:
-    """Our loop's step, in a process that keeps its freed memory as our training processes do."""
+    """Our loop's step, in a process with both settings of our training processes."""
     torch.set_num_threads(threads)
     keep_freed_memory()
+    use_onednn_products()
     shape, reference, batch = parts_of(name, lengths)
     step, batch, losses = our_timed_step(shape, reference, batch)
     serve(pipe, lambda: step(batch), losses)
@@ -161,11 +164,13 @@ def our_timed_step(
     return step, timed_batch, step(timed_batch) | {"legacy": sum(legacy.values())}
 
 
-def run_reference(pipe: Connection, name: str, lengths: list[int], threads: int, keeps_memory: bool) -> None:
-    """The reference's step, in a process as Python starts it or with our memory setting."""
+def run_reference(
+    pipe: Connection, name: str, lengths: list[int], threads: int, *settings: Callable[[], object]
+) -> None:
+    """The reference's step, in a process as Python starts it or with some settings of our training processes."""
     torch.set_num_threads(threads)
-    if keeps_memory:
-        keep_freed_memory()
+    for take in settings:
+        take()
     _, reference, batch = parts_of(name, lengths)
     images_BCHW = normalise(batch.images_BHWC, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)
     losses = reference_losses(reference, images_BCHW, batch.tokens_BT)
@@ -200,8 +205,11 @@ def compare(name: str, lengths: list[int], repeats: int, threads: int) -> None:
     """Print images/s of all and the median of the paired ratios: steps are taken in turn."""
     sides = {
         "ours": Side(run_ours, name, lengths, threads),
-        "reference": Side(run_reference, name, lengths, threads, False),
-        "reference with our memory setting": Side(run_reference, name, lengths, threads, True),
+        "reference": Side(run_reference, name, lengths, threads),
+        "reference with our memory setting": Side(run_reference, name, lengths, threads, keep_freed_memory),
+        "reference with both our settings": Side(
+            run_reference, name, lengths, threads, keep_freed_memory, use_onednn_products
+        ),
     }
     hold_to_equal_losses(name, [side.losses for side in sides.values()])
     seconds = {title: [] for title in sides}

@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def _new_databases_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Itera
 def root(tmp_path: Path) -> str:
     """An empty artifact root."""
     return str(tmp_path / "artifacts")
+
+
+@pytest.fixture(autouse=True)
+def _every_test_multiplies_as_torch_starts() -> Iterator[None]:
+    """What sets float32 products for its process (an Embedder does) sets them for one test."""
+    yield
+    torch = sys.modules.get("torch")  # not imported here: pytest_configure comes first
+    if torch is not None:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

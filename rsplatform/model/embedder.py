@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rsplatform.model.float32_products import use_onednn_products
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.normalise import normalise
 from rsplatform.model.preprocess import Square, read_square, square
@@ -36,7 +37,12 @@ class Embedder:
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu", batch_size: int = 128) -> "Embedder":
-        """Read a folder that `save_model` wrote, in float32 whatever its files hold, and move the model to `device`."""
+        """Read a folder that `save_model` wrote, in float32 whatever its files hold, and move the model to `device`.
+
+        On a CPU this process multiplies float32 through oneDNN from now on, where that loses no digit.
+        """
+        if torch.device(device).type == "cpu":
+            use_onednn_products()
         model, tokenizer = load_model(Path(folder))
         return cls(model.float().to(device), tokenizer, batch_size)
 

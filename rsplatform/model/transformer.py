@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsplatform.model.float32_products import attention
+
 
 class Mlp(nn.Module):
     """Two linear maps with an exact GELU between them."""
@@ -36,7 +38,7 @@ class SelfAttention(nn.Module):
         head_width = packed // (3 * self.num_heads)
         qkv = qkv_BTX.view(batch, num_tokens, 3, self.num_heads, head_width).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        mixed_BKTd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11T, is_causal=causal)
+        mixed_BKTd = attention(query, key, value, mask_B11T, causal=causal)
         return mixed_BKTd.transpose(1, 2).reshape(batch, num_tokens, packed // 3)
 
     def forward(self, features_BTD: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class CrossAttention(nn.Module):
         query = query_BTD.view(batch, num_tokens, self.num_heads, head_width).transpose(1, 2)
         key_value = self.key_value(source_BSD).view(batch, -1, 2, self.num_heads, head_width)
         key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BKTd = F.scaled_dot_product_attention(query, key, value)
+        mixed_BKTd = attention(query, key, value)
         return mixed_BKTd.transpose(1, 2).reshape(batch, num_tokens, width)
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from rsplatform import storage
 from rsplatform.cluster import TrainPlacement
 from rsplatform.dataset.store import SampleStore
+from rsplatform.model.float32_products import use_onednn_products
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.resolution import with_image_size
 from rsplatform.model.state import model_from_tensors
@@ -76,6 +77,8 @@ def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = Non
     torch.set_num_threads(max(1, round(job.placement.cpus_per_worker)))
     if job.placement.launcher == "local":  # Ray's workers start with it
         keep_freed_memory()
+    if not job.placement.gpus_per_worker:
+        use_onednn_products()
     with _process_group(job.placement):
         gather = gather_of_default_group()
         share = Share(gather.rank, gather.world_size) if gather else Share()
