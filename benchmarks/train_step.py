@@ -141,7 +141,7 @@ def serve(pipe: Connection, step: Callable[[], object], losses: Losses) -> None:
 
 
 def run_ours(pipe: Connection, name: str, lengths: list[int], threads: int) -> None:
-    """Our loop's step, in a process with both settings of our training processes."""
+    """Our loop's step, in a process with the settings of our training processes."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     use_onednn_products()
@@ -167,7 +167,7 @@ def our_timed_step(
 def run_reference(
     pipe: Connection, name: str, lengths: list[int], threads: int, *settings: Callable[[], object]
 ) -> None:
-    """The reference's step, in a process as Python starts it or with some settings of our training processes."""
+    """The reference's step, in a process as Python starts it or with the settings of our training processes."""
     torch.set_num_threads(threads)
     for take in settings:
         take()
@@ -206,8 +206,7 @@ def compare(name: str, lengths: list[int], repeats: int, threads: int) -> None:
     sides = {
         "ours": Side(run_ours, name, lengths, threads),
         "reference": Side(run_reference, name, lengths, threads),
-        "reference with our memory setting": Side(run_reference, name, lengths, threads, keep_freed_memory),
-        "reference with both our settings": Side(
+        "reference with our settings": Side(
             run_reference, name, lengths, threads, keep_freed_memory, use_onednn_products
         ),
     }
