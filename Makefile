@@ -16,7 +16,7 @@ BENCHMARKS ?= $(wildcard $(addprefix benchmarks/,localize.py train_step.py read_
 .PHONY: demo real test unit lint format bench bench-rsicd serve mlflow clean help
 
 help:
-	@echo "make demo    the whole chain over the built-in world, 9 to 10 minutes on 2 cores"
+	@echo "make demo    the whole chain over the built-in world, 5 to 10 minutes on 2 cores"
 	@echo "make test    all tests      make unit   those without Ray      make lint   ruff and pyright"
 	@echo "make serve   search and map page over the demo's index      make mlflow   what every job recorded"
 	@echo "make real    the same chain over real data (RSPLATFORM_TEST_DATA=/your/data)"

@@ -20,7 +20,7 @@ COLUMNS, TILE_PX, TEXT_PX = 8, 128, 28
 MAX_TILES = 48
 
 # Pictures of dropped rows that one shard sets aside (our default).
-DROPPED_PER_SHARD = 3
+DROPPED_PER_SHARD = 12
 DROPPED_FOLDER = "work/dropped"
 
 LabelledPicture = tuple[bytes | None, str]
