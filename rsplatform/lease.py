@@ -25,7 +25,7 @@ LEASE = "work/lease.json"
 # How often a driver says that it lives, and the age at which nobody waits for it any longer.
 BEAT_S, STALE_S = 20.0, 60.0
 # Longer than it takes to leave the block.
-INTERRUPT_AGAIN_S = 10.0
+INTERRUPT_AGAIN_S = 60.0
 # Not SIGINT: a shell that starts a command in the background has it ignored.
 INTERRUPT = signal.SIGUSR2
 

@@ -28,21 +28,21 @@ from rsplatform.model.weights import load_model
 
 
 class Embedder:
-    """A model and its tokenizer, ready to embed. `batch_size` bounds memory and does not change results."""
+    """A model and its tokenizer, ready to embed. `batch_size` bounds memory and does not change results.
+
+    With a model on a CPU this process multiplies float32 through oneDNN from now on (float32_products.py).
+    """
 
     def __init__(self, model: Mammut, tokenizer: Tokenizer, batch_size: int = 128):
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        if self.device.type == "cpu":
+            use_onednn_products()
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu", batch_size: int = 128) -> "Embedder":
-        """Read a folder that `save_model` wrote, in float32 whatever its files hold, and move the model to `device`.
-
-        On a CPU this process multiplies float32 through oneDNN from now on, where that loses no digit.
-        """
-        if torch.device(device).type == "cpu":
-            use_onednn_products()
+        """Read a folder that `save_model` wrote, in float32 whatever its files hold, and move the model to `device`."""
         model, tokenizer = load_model(Path(folder))
         return cls(model.float().to(device), tokenizer, batch_size)
 

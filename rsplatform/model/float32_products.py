@@ -6,6 +6,8 @@ bfloat16, and does where a processor multiplies it faster (AMX), so it is tried 
 Shapes: B batch, K heads, T queries, S keys, d head width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,14 +15,23 @@ from torch import Tensor
 THROUGH_ONEDNN = "medium"
 # Of 2^10 products added in float32, 1e-6 of the largest sum is lost; with bfloat16 factors 1e-3.
 LOST_DIGITS = 1e-5
-# Above, attention weights are not worth their memory.
-MOST_TOKENS = 512
+# Attention weights above are not worth their memory (our default).
+MOST_SCORE_BYTES = 64 * 2**20
 
 
 def use_onednn_products() -> bool:
-    """For this process, from now on; whether it is so. Leaves alone what somebody has already chosen."""
-    if torch.get_float32_matmul_precision() != "highest":
-        return torch.get_float32_matmul_precision() == THROUGH_ONEDNN
+    """For this process, from now on; whether it is so. Leaves alone what somebody has already chosen.
+
+    Never where torch sees a CUDA device: there the same setting would round that device's products to TF32.
+    """
+    if goes_through_onednn() or torch.cuda.is_available():
+        return goes_through_onednn()
+    try:
+        is_chosen = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # somebody has set a precision by backend, which the older call does not read
+        is_chosen = True
+    if is_chosen:
+        return False
     torch.set_float32_matmul_precision(THROUGH_ONEDNN)
     if _lost_digits() < LOST_DIGITS:
         return True
@@ -28,11 +39,23 @@ def use_onednn_products() -> bool:
     return False
 
 
+def goes_through_onednn() -> bool:
+    """Whether this process multiplies float32 through oneDNN on a CPU."""
+    settings: Any = torch.backends.mkldnn  # its stub lacks matmul
+    return settings.matmul.fp32_precision == "bf16"
+
+
 def _lost_digits() -> float:
+    """The largest error of a few products (plain, transposed, of many matrices), as part of the largest number."""
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(512, 1024, generator=generator) for _ in range(2))
-    exact = first.double() @ second.double().T
-    return float(((first @ second.T).double() - exact).abs().max() / exact.abs().max())
+    shapes = (((512, 1024), (1024, 512)), ((48, 77, 64), (48, 64, 77)))
+    lost = 0.0
+    for first_shape, second_shape in shapes:
+        first, second = (torch.randn(shape, generator=generator) for shape in (first_shape, second_shape))
+        exact = first.double() @ second.double()
+        for product in (first @ second, (second.mT @ first.mT).mT):
+            lost = max(lost, float((product.double() - exact).abs().max() / exact.abs().max()))
+    return lost
 
 
 def attention(
@@ -45,11 +68,11 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention (B, K, T, d); the mask is True where a key counts, for one query at least.
 
-    torch's own, but in float32 on a CPU through oneDNN: its many small products would be slower there than before, and
-    for short sequences a few large ones are faster than either.
+    torch's own, but in float32 on a CPU through oneDNN, where its many small products are slower than before. A few
+    large ones are faster, most of all where a process keeps its freed memory (train/allocator.py).
     """
-    short = max(query_BKTd.shape[2], key_BKSd.shape[2]) <= MOST_TOKENS
-    if not short or not _goes_through_onednn(query_BKTd):
+    score_bytes = 4 * query_BKTd.shape[:3].numel() * key_BKSd.shape[2]
+    if score_bytes > MOST_SCORE_BYTES or not _is_ours(query_BKTd):
         return F.scaled_dot_product_attention(query_BKTd, key_BKSd, value_BKSd, attn_mask=mask_B11S, is_causal=causal)
     scores_BKTS = (query_BKTd * query_BKTd.shape[-1] ** -0.5) @ key_BKSd.transpose(2, 3)
     if causal:
@@ -60,7 +83,7 @@ def attention(
     return scores_BKTS.softmax(-1) @ value_BKSd
 
 
-def _goes_through_onednn(tensor: Tensor) -> bool:
+def _is_ours(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
         return False
-    return torch.get_float32_matmul_precision() == THROUGH_ONEDNN
+    return goes_through_onednn()

@@ -44,6 +44,7 @@ class DeepSpeedEngine:
 
     Raises:
         RuntimeError: no process group.
+        ValueError: another optimizer than AdamW.
     """
 
     def __init__(
@@ -58,6 +59,10 @@ class DeepSpeedEngine:
     ) -> None:
         if not torch.distributed.is_initialized():
             raise RuntimeError("DeepSpeedEngine needs torch.distributed.init_process_group before it")
+        if config.kind != "adamw":
+            raise ValueError(
+                f"optimizer.kind: {config.kind} needs whole matrices, DeepSpeed keeps flat pieces; use fsdp"
+            )
         # read at import: without it DeepSpeed looks for an accelerator extension and fails on CPU-only machines
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         os.environ.setdefault("LOCAL_RANK", "0")  # launchers of many processes, Ray Train among them, set it

@@ -2,9 +2,9 @@
 
 In: a model's config, the engine's layout, precision, recomputation, sizes of pictures, texts and batch. Out: bytes;
 micro_batch.py chooses by them. What a sample keeps for the backward pass and the peak of a plain step are held to real
-bytes on a CPU (tests/unit/train/test_memory.py). Not measured: any GPU, where attention is taken to run fused, as on
-the CPU, so that its weights are never stored; what the sharding engines hold, which is read off their code; blocks that
-torch.compile runs, which are taken to keep what plain ones do.
+bytes on a CPU (tests/unit/train/test_memory.py). Not measured: any GPU, where attention is taken to run fused, as
+torch's own does on a CPU too, so that its weights are never stored; what the sharding engines hold, which is read off
+their code; blocks that torch.compile runs, which are taken to keep what plain ones do.
 Shapes: B own batch, G global batch, T tokens, S image tokens, V vocabulary, D width, E embedding.
 """
 

@@ -18,14 +18,16 @@ from rsplatform.model.mammut import Mammut
 # Jordan 2024, "Muon: An optimizer for hidden layers in neural networks" [F]: momentum (Nesterov's), and five steps of a
 # quintic Newton-Schulz iteration, chosen to be steep at 0 and to end between 0.7 and 1.2 rather than at 1.
 MOMENTUM, STEPS, COEFFICIENTS = 0.95, 5, (3.4445, -4.7750, 2.0315)
-# arXiv 2502.16982 [F]: updates as long as AdamW's usually are, so that both share a rate and its weight decay.
+# arXiv 2502.16982 [F]: updates as long as AdamW's usually are. Rate and decay are those of the group, times its factor.
 UPDATE_RMS = 0.2
 
 
 def hidden_matrices(model: Mammut) -> set[Tensor]:
-    """The weights that Muon is meant for [F, Jordan 2024]: all linear maps but the first, which reads pixels.
+    """The weights that Muon is meant for: matrices of hidden layers, not the first, which reads pixels.
 
-    Embeddings, positions, the vocabulary, the pooling's folded query and key, and all vectors stay AdamW's.
+    Our default: the packed maps to queries, keys and values count as one matrix, and the projections into the
+    embedding as hidden. Embeddings, positions, the vocabulary, the pooling's folded query and key, and all vectors stay
+    AdamW's.
     """
     first = model.vision.patch_embedding
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not first]

@@ -35,7 +35,7 @@ class OptimizerConfig:
     """AdamW. Betas, weight decay and clip are those of a published openMaMMUT run (RECIPE.md) [F].
 
     `kind` muon gives the matrices of linear maps to Muon (muon.py), at `muon_rate_factor` times the learning rate (our
-    default, measured on RSICD from scratch: LOG.md); for engines that keep matrices, so not for DeepSpeed.
+    default, from a few short runs); for engines that keep matrices, so not for DeepSpeed.
     `layer_decay` lowers the learning rate of each block by that factor under the one above it, for continual training:
     what early blocks know stays. Off by default.
     """

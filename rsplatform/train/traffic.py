@@ -18,6 +18,7 @@ from torch import nn
 from rsplatform.cluster import TrainPlacement
 from rsplatform.model.mammut import Mammut, MammutConfig
 from rsplatform.train.engine import BUCKET_NUMBERS
+from rsplatform.train.muon import hidden_matrices
 
 TrafficEngine = Literal["plain", "zero0", "zero1", "zero2", "zero3", "fsdp"]
 
@@ -36,6 +37,8 @@ class ModelNumbers(NamedTuple):
     rest: int
     num_units: int
     embedding_width: int
+    turned: int  # in the matrices that Muon turns, and how many those are
+    num_turned: int
 
     @property
     def total(self) -> int:
@@ -50,7 +53,9 @@ def model_numbers(config: MammutConfig) -> ModelNumbers:
     stacks = (model.vision.blocks, model.text.blocks, model.text.cross_blocks)
     vision, text, cross = (_count(stack) for stack in stacks)
     num_units = 1 + sum(len(stack) for stack in stacks)
-    return ModelNumbers(vision, text, cross, _count(model) - vision - text - cross, num_units, config.embedding_width)
+    rest, matrices = _count(model) - vision - text - cross, hidden_matrices(model)
+    turned = sum(matrix.numel() for matrix in matrices)
+    return ModelNumbers(vision, text, cross, rest, num_units, config.embedding_width, turned, len(matrices))
 
 
 def _count(module: nn.Module) -> int:
@@ -64,6 +69,7 @@ class Layout:
     engine: TrafficEngine
     num_devices: int
     shard_size: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     @property
     def devices_per_copy(self) -> int:
@@ -121,8 +127,8 @@ def _fsdp_transfers(layout: Layout, model: ModelNumbers, num_pieces: int) -> lis
     """FsdpEngine: each block is collected for every forward and backward of it; the decoder's blocks run twice in
     both. Micro-batches have a forward without gradients before. The root stays until a backward ends.
 
-    Gradients are reduced once; with micro-batches FSDP2 sends those of the decoder's blocks twice, once with what
-    earlier pieces left and once with the rest.
+    Muon collects each matrix that it turns once more, and waits for it. Gradients are reduced once; with micro-batches
+    FSDP2 sends those of the decoder's blocks twice, once with what earlier pieces left and once with the rest.
     """
     passes = 2 if num_pieces == 1 else 3 * num_pieces
     once = model.vision_blocks + model.cross_blocks
@@ -133,6 +139,8 @@ def _fsdp_transfers(layout: Layout, model: ModelNumbers, num_pieces: int) -> lis
         Transfer("all_gather", collected * BYTES_PER_NUMBER, passes * model.num_units, size, overlaps=True),
         Transfer("reduce_scatter", reduced * BYTES_PER_NUMBER, model.num_units, size, overlaps=True),
     ]
+    if layout.optimizer == "muon":
+        calls.append(Transfer("all_gather", model.turned * BYTES_PER_NUMBER, model.num_turned, size))
     if size < layout.num_devices:
         shard = reduced * BYTES_PER_NUMBER / size
         copies = layout.num_devices // size
@@ -206,11 +214,11 @@ def state_bytes(layout: Layout, model: ModelNumbers, *, autocasts: bool) -> floa
     return whole * (4 - sharded + collected + sharded / shards + autocasts / 2)
 
 
-def layout_of(placement: TrainPlacement, num_devices: int) -> Layout:
+def layout_of(placement: TrainPlacement, num_devices: int, optimizer: Literal["adamw", "muon"] = "adamw") -> Layout:
     """The layout that a placement asks for."""
     engine = f"zero{placement.zero_stage}" if placement.engine == "deepspeed" else placement.engine
     assert engine in get_args(TrafficEngine)
-    return Layout(cast(TrafficEngine, engine), num_devices, placement.shard_size)
+    return Layout(cast(TrafficEngine, engine), num_devices, placement.shard_size, optimizer)
 
 
 def sent_gb_per_step(layout: Layout, model: MammutConfig, batch_size: int, micro_batch_size: int | None) -> float:

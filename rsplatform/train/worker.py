@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rsplatform import storage
 from rsplatform.cluster import TrainPlacement
 from rsplatform.dataset.store import SampleStore
-from rsplatform.model.float32_products import use_onednn_products
+from rsplatform.model.float32_products import goes_through_onednn, use_onednn_products
 from rsplatform.model.mammut import Mammut
 from rsplatform.model.resolution import with_image_size
 from rsplatform.model.state import model_from_tensors
@@ -109,10 +109,12 @@ def run_worker(job: WorkerJob, wants_checkpoint: Callable[[], bool] | None = Non
 def _what_the_place_makes_of_it(job: WorkerJob, engine: Engine, micro_batch: int | None) -> dict[str, float]:
     """Metrics that stay as they are until the run is started elsewhere."""
     world_size = engine.gather.world_size if engine.gather else 1
+    products = float(goes_through_onednn())  # another library, other roundings
     own = job.config.batch_size // world_size
     metrics = {"train/workers": float(world_size), "train/micro_batch_size": float(min(own, micro_batch or own))}
+    metrics["train/onednn_products"] = products
     if world_size > 1:
-        layout = layout_of(job.placement, world_size)
+        layout = layout_of(job.placement, world_size, job.config.optimizer.kind)
         metrics["train/sent_gb_per_step"] = sent_gb_per_step(layout, engine.model.config, own, micro_batch)
     return metrics
 

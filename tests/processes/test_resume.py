@@ -74,6 +74,8 @@ def make_recipe(**changes) -> PretrainConfig:
 
 
 def make_job(root: str, engine: str, folder: Path, **changes) -> WorkerJob:
+    if engine[:4] != "zero":  # which has AdamW alone; Muon has it beside
+        changes = {"optimizer": {"kind": "muon"}} | changes
     config = make_recipe(tokenizer=f"{root}/made/tokenizer/tokenizer.json", **changes)
     prepare_tokenizer(config, Cluster(root=root), str(folder))
     return WorkerJob(config, root, str(folder), placement_of(engine))

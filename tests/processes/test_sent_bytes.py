@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -27,7 +28,14 @@ from tests.unit.train.tiny_training import tiny_model
 
 WORLD_SIZE = 2
 KINDS = {"allgather": "all_gather", "_reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
-CASES: tuple[tuple[TrafficEngine, int | None], ...] = (("plain", None), ("plain", 3), ("fsdp", None), ("fsdp", 3))
+Kind = Literal["adamw", "muon"]
+CASES: tuple[tuple[TrafficEngine, int | None, Kind], ...] = (
+    ("plain", None, "adamw"),
+    ("plain", 3, "muon"),
+    ("fsdp", None, "adamw"),
+    ("fsdp", 3, "adamw"),
+    ("fsdp", None, "muon"),
+)
 PROCESS_COUNTERS = Path("/proc/self/io")
 
 
@@ -47,6 +55,8 @@ class WholeBytes(TorchDispatchMode):
             # allgather_ names each process's piece and then the own one again; the others name whole and shard
             pieces = WORLD_SIZE if func.__name__.startswith("allgather_") else 1
             self.by_kind[kind] += max(sizes) * pieces
+        if func.namespace == "_c10d_functional" and "all_gather_into_tensor" in func.__name__:  # given the shard alone
+            self.by_kind["all_gather"] += args[0].numel() * args[0].element_size() * WORLD_SIZE
         return func(*args, **(kwargs or {}))
 
 
@@ -56,9 +66,9 @@ def written_bytes() -> int:
     return int(fields["wchar"])
 
 
-def one_step(kind: TrafficEngine, micro_batch_size: int | None) -> dict[str, torch.Tensor]:
+def one_step(kind: TrafficEngine, micro_batch_size: int | None, optimizer_kind: Kind) -> dict[str, torch.Tensor]:
     """What a step that is not the first moves: by kind of call, and on the sockets."""
-    gather, optimizer = gather_of_default_group(), OptimizerConfig()
+    gather, optimizer = gather_of_default_group(), OptimizerConfig(optimizer_kind)
     model = tiny_model(vision_pooling="map")
     engine: Engine = FsdpEngine(model, optimizer) if kind == "fsdp" else PlainEngine(model, optimizer, gather)
     config = StepConfig(micro_batch_size=micro_batch_size)
@@ -76,24 +86,25 @@ def one_step(kind: TrafficEngine, micro_batch_size: int | None) -> dict[str, tor
 def all_cases() -> dict[str, torch.Tensor]:
     """Every case in one set of processes."""
     results = {case: one_step(*case) for case in CASES}
-    return {f"{kind}|{size}|{name}": v for (kind, size), found in results.items() for name, v in found.items()}
+    return {f"{case}|{name}": value for case, found in results.items() for name, value in found.items()}
 
 
 @pytest.mark.skipif(not PROCESS_COUNTERS.exists(), reason="the bytes on the sockets are counted by Linux")
 def test_the_traffic_of_real_steps_is_that_of_the_model(tmp_path: Path) -> None:
     (found, _) = run_processes(WORLD_SIZE, tmp_path, all_cases)
     numbers, batch_size = model_numbers(tiny_model(vision_pooling="map").config), BATCH_SIZE // WORLD_SIZE
-    for kind, size in CASES:
+    for case in CASES:
+        kind, size, optimizer_kind = case
         num_pieces = 1 if size is None else batch_size // size
-        layout = Layout(kind, WORLD_SIZE)
+        layout = Layout(kind, WORLD_SIZE, optimizer=optimizer_kind)
         transfers = weight_transfers(layout, numbers, num_pieces)
         transfers += contrastive_transfers(WORLD_SIZE, batch_size, numbers.embedding_width)
         wanted: dict[str, float] = dict.fromkeys((transfer.kind for transfer in transfers), 0.0)
         for transfer in transfers:
             wanted[transfer.kind] += transfer.whole_bytes
-        counted = {name: float(found[f"{kind}|{size}|{name}"]) for name in wanted}
-        assert counted == pytest.approx(wanted, rel=0.01), (kind, size)
+        counted = {name: float(found[f"{case}|{name}"]) for name in wanted}
+        assert counted == pytest.approx(wanted, rel=0.01), case
         # gloo's reduce_scatter is an all_reduce of which each process keeps its part: twice the bytes of a ring's
         twice = sum(transfer.sent_bytes for transfer in transfers if transfer.kind == "reduce_scatter")
-        written = float(found[f"{kind}|{size}|written"])
-        assert written == pytest.approx(sent_bytes(transfers) + twice, rel=0.04), (kind, size)
+        written = float(found[f"{case}|written"])
+        assert written == pytest.approx(sent_bytes(transfers) + twice, rel=0.04), case

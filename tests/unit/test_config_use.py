@@ -36,7 +36,7 @@ ALLOWED = {
     "OptimizerConfig.eps": "AdamW's own; larger ones are for comparing engines in float32",
     "OptimizerConfig.weight_decay": "that of the published run; self-training sets 0 for its student",
     "OptimizerConfig.gradient_clip": "that of the published run",
-    "OptimizerConfig.muon_rate_factor": "measured on RSICD and the world (LOG.md); a dial for data of one's own",
+    "OptimizerConfig.muon_rate_factor": "one number served every recipe that was tried; a dial for data of one's own",
     "VisionConfig.cropped_position_grid": "the paper's",
     "TextConfig.cross_attention_every": "what all published weights have; others come in by import_model",
     "TrainPlacement.launcher": "local is for debugging, on the command line: cluster.train.launcher=local",
