@@ -277,7 +277,9 @@ def main() -> None:
         help="folder of openmammut_*.safetensors with outputs of the original",
     )
     arguments = parser.parse_args()
+    products = "oneDNN" if use_onednn_products() else "torch's own library, since oneDNN loses digits here"
     print(f"float32, batch {arguments.batch_size}, {arguments.threads} threads, torch {torch.__version__}")
+    print(f"our settings multiply through {products}")
     hold_to_conformance(arguments.conformance)
     for name in arguments.sizes:
         context = SHAPES[name].context_length

@@ -20,8 +20,7 @@ FILES = ["openmammut_with_mlp.safetensors", "openmammut_without_mlp.safetensors"
 @pytest.fixture(params=FILES)
 def conformance(request, data_root):
     path = data_root / "conformance" / request.param
-    if not path.is_file():
-        pytest.skip(f"no real data: {path}")
+    assert path.is_file(), f"the real data lack {path}"
     return path
 
 
