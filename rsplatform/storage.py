@@ -25,6 +25,10 @@ class StorageError(OSError):
     """A place that cannot be read or written; the message names the place and the remedy."""
 
 
+class NotWholeError(StorageError):
+    """A file that is there, but cut off or damaged."""
+
+
 # The names that `write_bytes` gives to files it has not finished.
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp$")
 
@@ -226,8 +230,15 @@ def delete_temporaries(uri: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """The JSON document at `uri`."""
-    return json.loads(read_bytes(uri))
+    """The JSON document at `uri`; FileNotFoundError if absent.
+
+    Raises:
+        NotWholeError: it is cut off or damaged.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise NotWholeError(f"{uri} is not whole JSON ({error}); delete it and make it again") from error
 
 
 def write_json(uri: str, document: Any) -> None:
