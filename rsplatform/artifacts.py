@@ -51,7 +51,17 @@ class Artifact:
         absence = self.absence()
         if absence:
             raise ArtifactError(f"{self.uri} {absence}; run the job that makes {self.ref} first")
-        return storage.read_json(self.path(MANIFEST))
+        return self.read_json(MANIFEST)
+
+    def read_json(self, relative: str) -> Any:
+        """The JSON document in a file of the artifact; ArtifactError if it is cut off or damaged."""
+        try:
+            return storage.read_json(self.path(relative))
+        except storage.NotWholeError as error:
+            raise ArtifactError(
+                f"{self.path(relative)} is not whole JSON ({error.__cause__}); "
+                f"delete the folder {self.uri} and run its job again"
+            ) from error
 
     def absence(self) -> str | None:
         """What keeps others from reading it, with the names that it may be a slip of; None if it is finished."""
@@ -125,13 +135,13 @@ def known_recipe(artifact: Artifact) -> dict[str, Any] | None:
         manifest = artifact.manifest()
         return {"config": manifest["config"], "inputs": manifest["inputs"]}
     if storage.exists(artifact.path(RECIPE)):
-        return storage.read_json(artifact.path(RECIPE))["identity"]
+        return artifact.read_json(RECIPE)["identity"]
     return None
 
 
 def note_run(artifact: Artifact, run_id: str) -> None:
     """Remember the MLflow run of an unfinished artifact, so that a resumed job continues it."""
-    recipe = storage.read_json(artifact.path(RECIPE))
+    recipe = artifact.read_json(RECIPE)
     storage.write_json(artifact.path(RECIPE), recipe | {"mlflow_run_id": run_id})
 
 
@@ -141,7 +151,7 @@ def noted_run(artifact: Artifact) -> str | None:
         return artifact.manifest()["mlflow_run_id"]
     if not storage.exists(artifact.path(RECIPE)):
         return None
-    return storage.read_json(artifact.path(RECIPE)).get("mlflow_run_id")
+    return artifact.read_json(RECIPE).get("mlflow_run_id")
 
 
 def commit(

@@ -28,7 +28,7 @@ from rsplatform.runtime import ray_runtime
 from rsplatform.serve.client import Client
 from rsplatform.serve.deployment import ServeConfig, serving
 from rsplatform.stage import check_input_artifacts, finished, open_stage, plan
-from rsplatform.storage import read_bytes, read_json, write_bytes, write_json
+from rsplatform.storage import read_bytes, write_bytes, write_json
 from rsplatform.train.launch import PretrainConfig, pretrain
 from rsplatform.train.sweep import tune
 from rsplatform.train.sweep_recipe import TuneConfig
@@ -113,7 +113,7 @@ def demo(config: DemoConfig, cluster: Cluster) -> Artifact:
 
 def _check_chain(done: Artifact, config: DemoConfig, cluster: Cluster) -> None:
     """ArtifactError if an artifact of the chain is gone, was made again since, or of raw data that differ today."""
-    for ref, fingerprint in read_json(done.path(CHAIN)).items():
+    for ref, fingerprint in done.read_json(CHAIN).items():
         if open_artifact(done.root, ref).fingerprint() != fingerprint:
             raise ArtifactError(f"{done.uri}: {ref} was made again since; name a new version in `output`")
     for job in nested_jobs(config).values():

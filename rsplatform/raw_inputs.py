@@ -160,8 +160,7 @@ def check_unchanged(artifact: Artifact, listed: dict[str, RawInput]) -> None:
     Raises:
         ArtifactError: files were added, removed or changed; the message names them.
     """
-    uri = artifact.path(RAW_INPUTS)
-    known = storage.read_json(uri) if storage.exists(uri) else {}
+    known = artifact.read_json(RAW_INPUTS) if storage.exists(artifact.path(RAW_INPUTS)) else {}
     changes = [line for path, raw in listed.items() if path in known for line in raw.changes(known[path])]
     if changes:
         state = "made" if artifact.is_finished else "begun"

@@ -25,6 +25,10 @@ class StorageError(OSError):
     """A place that cannot be read or written; the message names the place and the remedy."""
 
 
+class NotWholeError(StorageError):
+    """A file that is there, but cut off or damaged."""
+
+
 # The names that `write_bytes` gives to files it has not finished.
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp$")
 
@@ -91,13 +95,10 @@ def check_writable(root: str) -> None:
         StorageError: with the reason and what to change.
     """
     if is_s3(root):
-        bucket = root.removeprefix("s3://").split("/")[0]
         try:
-            s3_client().head_bucket(Bucket=bucket)
+            s3_client().head_bucket(Bucket=_bucket(root))
         except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
-            raise StorageError(
-                f"{root}: bucket {bucket!r} is not reachable ({error}); create it or fix AWS_*"
-            ) from error
+            raise _unreachable(root, error) from error
         return
     probe = Path(root) / f".write-probe-{uuid.uuid4().hex}"
     try:
@@ -108,6 +109,27 @@ def check_writable(root: str) -> None:
         raise StorageError(
             f"{root}: cannot write here ({error.strerror}); free or remount the disk, or set root"
         ) from error
+
+
+def _bucket(uri: str) -> str:
+    return uri.removeprefix("s3://").split("/")[0]
+
+
+def _unreachable(uri: str, error: Exception) -> StorageError:
+    reason = " ".join(str(error).split())
+    return StorageError(f"{uri}: bucket {_bucket(uri)!r} is not reachable ({reason}); create it, or fix its name or AWS_*")
+
+
+@contextlib.contextmanager
+def _reached(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
+    """`filesystem(uri)` for what only looks: there an error of an object store is one of access, not of the file."""
+    system, path = filesystem(uri)
+    try:
+        yield system, path
+    except OSError as error:
+        if is_s3(uri):
+            raise _unreachable(uri, error) from error
+        raise
 
 
 def s3_client() -> Any:
@@ -162,23 +184,23 @@ def gdal_options() -> dict[str, Any]:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder lies at `uri`."""
-    system, path = filesystem(uri)
-    return system.get_file_info(path).type != pafs.FileType.NotFound
+    """Whether a file or folder lies at `uri`; StorageError if its bucket cannot be reached or does not let us look."""
+    with _reached(uri) as (system, path):
+        return system.get_file_info(path).type != pafs.FileType.NotFound
 
 
 def list_files(uri: str) -> dict[str, int]:
-    """Every file below `uri`: relative path → size in bytes, sorted; empty if there is nothing."""
-    system, path = filesystem(uri)
-    found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    """Every file below `uri`: relative path → size in bytes, sorted; empty if there is nothing. Raises as `exists`."""
+    with _reached(uri) as (system, path):
+        found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     files = {item.path[len(path.rstrip("/")) + 1 :]: item.size for item in found if item.type == pafs.FileType.File}
     return dict(sorted(files.items()))
 
 
 def list_folders(uri: str) -> list[str]:
-    """Names of the folders right below `uri`, sorted."""
-    system, path = filesystem(uri)
-    found = system.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    """Names of the folders right below `uri`, sorted. Raises as `exists`."""
+    with _reached(uri) as (system, path):
+        found = system.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return sorted(item.base_name for item in found if item.type == pafs.FileType.Directory)
 
 
@@ -226,8 +248,15 @@ def delete_temporaries(uri: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """The JSON document at `uri`."""
-    return json.loads(read_bytes(uri))
+    """The JSON document at `uri`; FileNotFoundError if absent.
+
+    Raises:
+        NotWholeError: it is cut off or damaged.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise NotWholeError(f"{uri} is not whole JSON ({error}); delete it and make it again") from error
 
 
 def write_json(uri: str, document: Any) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rsplatform.artifacts import Artifact
-from rsplatform.storage import read_json
 from rsplatform.train.trials import TRIAL
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -29,13 +28,13 @@ def collect(
         "web": _funnel(manifests["filter_web"]["counts"]),
         "dataset": _funnel(manifests["build_dataset"]["counts"]),
         "overhead": manifests["train_overhead"]["metrics"],
-        "history": read_json(made["pretrain"].path("history.json")),
+        "history": made["pretrain"].read_json("history.json"),
         "training": manifests["pretrain"]["counts"],
         "training_metrics": manifests["pretrain"]["metrics"],
         "sweep": _sweep(made["tune"], manifests["tune"]),
-        "rounds": read_json(made["self_train"].path("rounds.json")),
-        "evaluation": read_json(made["evaluate"].path("report.json"))["benchmarks"],
-        "self_trained": read_json(made["evaluate_self_trained"].path("report.json"))["benchmarks"],
+        "rounds": made["self_train"].read_json("rounds.json"),
+        "evaluation": made["evaluate"].read_json("report.json")["benchmarks"],
+        "self_trained": made["evaluate_self_trained"].read_json("report.json")["benchmarks"],
         "regions": manifests["localize"]["metrics"]["regions"],
         "search": answer["results"][0],
         "folders": {name: artifact.uri for name, artifact in made.items()},
@@ -61,7 +60,7 @@ def _sweep(artifact: Artifact, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "trial": best,
         "objective": objective,
         "loss": manifest["metrics"][f"best/{objective}"],
-        "values": read_json(artifact.path(f"trials/{best}/{TRIAL}"))["values"],
+        "values": artifact.read_json(f"trials/{best}/{TRIAL}")["values"],
     }
 
 

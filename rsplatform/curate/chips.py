@@ -85,7 +85,7 @@ def ingest_scenes(config: IngestScenesConfig, cluster: Cluster) -> Artifact:
     if done:
         return done
     with open_stage(config, cluster) as stage:
-        scenes, scene_drops = _scenes(config, cluster)
+        scenes, scene_drops, num_scene_files = _scenes(config, cluster)
         num_landmarks, landmark_drops = _store_landmarks(config, cluster, stage.artifact)
         write_drops(stage.artifact, STAGE, "scenes", scene_drops)
         write_drops(stage.artifact, "landmarks", "landmarks", landmark_drops)
@@ -93,9 +93,9 @@ def ingest_scenes(config: IngestScenesConfig, cluster: Cluster) -> Artifact:
         storage.write_json(stage.artifact.path(CATALOGUE), catalogue)
         shards, windows = _shards(config, scenes)
         chip_counts = run_pipeline(make_pipeline(config, stage.artifact), shards, cluster)
-        num_scene_files = sum(len(scene.visits) for scene in scenes) + len(scene_drops)
+        num_visits = sum(len(scene.visits) for scene in scenes)
         stage.counts = chip_counts | {
-            "scenes": counts(num_scene_files, num_scene_files - len(scene_drops), [d.reason for d in scene_drops]),
+            "scenes": counts(num_scene_files, num_visits, [d.reason for d in scene_drops]),
             "landmarks": counts(num_landmarks + len(landmark_drops), num_landmarks, [d.reason for d in landmark_drops]),
         }
         stage.log({"chips": chip_counts["kept"], "scenes": len(scenes), "windows": windows})
@@ -103,8 +103,8 @@ def ingest_scenes(config: IngestScenesConfig, cluster: Cluster) -> Artifact:
     return stage.artifact
 
 
-def _scenes(config: IngestScenesConfig, cluster: Cluster) -> tuple[list[Scene], list[Drop]]:
-    """Every usable scene with its split, composites in place of their members, and a drop for each unusable file."""
+def _scenes(config: IngestScenesConfig, cluster: Cluster) -> tuple[list[Scene], list[Drop], int]:
+    """Every usable scene with its split, composites in place of their members, a drop for each unusable file, files."""
     scenes: dict[str, Scene] = {}
     drops = []
     files = [(source, *file) for source in config.scenes for file in find_scene_files(source, cluster.resolve)]
@@ -124,9 +124,13 @@ def _scenes(config: IngestScenesConfig, cluster: Cluster) -> tuple[list[Scene], 
         raise ConfigError(f"scenes: none of {len(drops)} files is usable: {drops[0].reason}: {drops[0].detail}")
     for composite in config.composites:
         members = [scenes.pop(name) for name in _matching(list(scenes), composite.members, "composites.members")]
+        if composite.name in scenes:
+            other = scenes[composite.name].uri
+            raise ConfigError(f"composites: {composite.name} is also the id of {other}; give it another `name`")
         scenes[composite.name] = compose(composite.name, members)
     held_out = set(_matching(list(scenes), config.holdout_scenes, "holdout_scenes"))
-    return [replace(scene, split="val" if name in held_out else "train") for name, scene in scenes.items()], drops
+    placed = [replace(scene, split="val" if name in held_out else "train") for name, scene in scenes.items()]
+    return placed, drops, len(files)
 
 
 def _matching(names: list[str], patterns: list[str], field: str) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rsplatform import storage
+from rsplatform.config import ConfigError
 from rsplatform.model.normalise import normalise
 from rsplatform.model.preprocess import resize_crop
 
@@ -125,13 +126,15 @@ def pick_threshold(scores_N: np.ndarray, labels_N: np.ndarray, min_precision: fl
     """The lowest score from which on precision reaches `min_precision` on held-out pictures.
 
     Raises:
-        ValueError: no score does.
+        ConfigError: no score does.
     """
     for threshold in np.unique(scores_N):
         chosen = scores_N >= threshold
         if labels_N[chosen].mean() >= min_precision:
             return float(threshold)
-    raise ValueError(f"no threshold reaches precision {min_precision} on the held-out pictures; give more labels")
+    raise ConfigError(
+        f"min_precision: no threshold reaches {min_precision} on the held-out pictures; lower it or give more pictures"
+    )
 
 
 def save_overhead(model: OverheadNet, uri: str, description: Mapping[str, object]) -> None:

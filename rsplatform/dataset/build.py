@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, InputArtifact, StageConfig
+from rsplatform.config import Config, ConfigError, InputArtifact, StageConfig
 from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.store import SAMPLES_TABLE, open_table
 from rsplatform.ledger import Drop, counts, write_drops
@@ -118,7 +118,11 @@ def source_name(source: ChipSource | WebSource) -> str:
 
 
 def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
-    """Join pictures and captions into one versioned training set of row ids."""
+    """Join pictures and captions into one versioned training set of row ids.
+
+    Raises:
+        ConfigError: no sample is left, or a source names an artifact without its table.
+    """
     done = finished(config, cluster)
     if done:
         return done
@@ -132,7 +136,11 @@ def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
             num_inputs += table.num_rows + len(dropped)
         samples = _without_repeats(pa.concat_tables(tables), drops)
         if not samples.num_rows:
-            raise ValueError(f"{config.output}: no samples; every input was dropped, see the ledger")
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in Counter(d.reason for d in drops).items())
+            raise ConfigError(
+                f"sources: no sample is left of {num_inputs:,} pictures ({reasons}); "
+                "give captions that were written for these pictures, or hold out fewer classes"
+            )
         uri = stage.artifact.path(SAMPLES_TABLE)
         mode = "overwrite" if exists(uri) else "create"  # a killed run may have left one
         lance.write_dataset(samples, uri, mode=mode, storage_options=lance_options(uri))
@@ -200,7 +208,7 @@ def _without_repeats(samples: pa.Table, drops: list[Drop]) -> pa.Table:
         else:
             seen.add(sample_id)
             keep.append(index)
-    return samples.take(keep)
+    return samples.take(pa.array(keep, pa.int64()))
 
 
 def _describe(stage: Stage, samples: pa.Table) -> None:

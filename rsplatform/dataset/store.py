@@ -12,9 +12,10 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from rsplatform.artifacts import open_artifact
+from rsplatform.artifacts import ArtifactError, open_artifact
+from rsplatform.config import ConfigError
 from rsplatform.records import SAMPLE_SCHEMA
-from rsplatform.storage import lance_options
+from rsplatform.storage import exists, lance_options
 
 SAMPLES_TABLE = "samples.lance"
 # Which Lance table inside an artifact of a kind holds the pictures.
@@ -51,13 +52,16 @@ def open_table(root: str, ref: str, table: str | None = None) -> lance.LanceData
 
     Raises:
         ArtifactError: the artifact is missing or unfinished.
-        ValueError: the kind holds no pictures and no table is named.
+        ConfigError: the kind holds no pictures and no table is named, or the artifact holds no such table.
     """
     artifact = open_artifact(root, ref)
     kind = ref.split("/")[0]
     if table is None and kind not in IMAGE_TABLES:
-        raise ValueError(f"{ref}: artifacts of kind {kind!r} hold no pictures; use one of {sorted(IMAGE_TABLES)}")
+        raise ConfigError(f"{ref}: artifacts of kind {kind!r} hold no pictures; use one of {sorted(IMAGE_TABLES)}")
     uri = artifact.path(table or IMAGE_TABLES[kind])
+    if not exists(uri):
+        wanted = (table or IMAGE_TABLES[kind]).removesuffix(".lance")
+        raise ConfigError(f"{ref} holds no {wanted} (no {uri}); name an artifact that does, such as {wanted}/NAME/v1")
     return lance.dataset(uri, storage_options=lance_options(uri))
 
 
@@ -67,8 +71,8 @@ class SampleStore:
     In memory are a row number, a source and a weight for each sample, as arrays; all else is read when asked for.
 
     Raises:
-        ArtifactError: the dataset or a table it points into is missing.
-        ValueError: the split has no samples, or the dataset was built before its samples named their sources.
+        ArtifactError: the dataset is missing, or was built before its samples named their sources.
+        ConfigError: the split has no samples.
     """
 
     def __init__(self, root: str, dataset_ref: str, split: str) -> None:
@@ -77,14 +81,14 @@ class SampleStore:
         self.split = split
         missing = set(SAMPLE_SCHEMA.names) - set(self._samples.schema.names)
         if missing:
-            raise ValueError(
+            raise ArtifactError(
                 f"{dataset_ref} was built by an earlier version: its samples lack {', '.join(sorted(missing))}; "
                 "build it again under another version"
             )
         table = self._samples.to_table(columns=["split", "source", "weight"])
         splits, split_N = _codes(table["split"])
         if split not in splits:
-            raise ValueError(f"{dataset_ref} has no samples in split {split!r}; see its stats.json")
+            raise ConfigError(f"{dataset_ref} has no samples in split {split!r}; it has {', '.join(sorted(splits))}")
         self.rows = np.flatnonzero(split_N == splits.index(split))
         self.origins = _origins(table.take(self.rows))
 

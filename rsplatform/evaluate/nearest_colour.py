@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from rsplatform.config import ConfigError
 from rsplatform.evaluate.benchmarks import MaskedPicture
 
 _PIXELS_AT_ONCE = 2**18
@@ -26,7 +27,10 @@ class NearestColour:
                 sums_C3[:, channel] += np.bincount(ids_N, weights=pixels_N3[:, channel], minlength=num_classes)
         self._ids = np.flatnonzero(numbers_C)
         if not self._ids.size:
-            raise ValueError("no pixel of the masks is of a class: there is no colour to compare with")
+            raise ConfigError(
+                "masks: no pixel is of a class, so there is no colour to compare with; "
+                f"give masks of ids below {num_classes}"
+            )
         self._colours_C3 = sums_C3[self._ids] / numbers_C[self._ids, None]
 
     def labels(self, image_HWC: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rsplatform.config import ConfigError
 from rsplatform.localize.decide import NO_DATA, label_pixels
 from rsplatform.localize.smooth_attention import upsample
 
@@ -50,10 +51,12 @@ class ConfusionMatrix:
     def scores(self) -> SegmentationScores:
         """IoU over all pictures together; an absent class has none (its false alarms cost the rest).
 
-        Raises ValueError if no pixel was counted: there is no mean of nothing.
+        Raises ConfigError if no pixel was counted: there is no mean of nothing.
         """
         if not self.counts.any():
-            raise ValueError("no pixel was counted: the masks are empty or wholly ignored")
+            raise ConfigError(
+                "masks: no pixel was counted: they are empty or wholly ignored; give masks that show a class"
+            )
         hits = self.counts.diagonal()
         unions = self.counts.sum(axis=0) + self.counts.sum(axis=1) - hits
         present = np.flatnonzero(self.counts.sum(axis=1))

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import BTree, IvfPq, LabelList
 
+from rsplatform.artifacts import ArtifactError
 from rsplatform.config import ConfigError
 from rsplatform.index.filters import SearchFilter, quoted
 from rsplatform.storage import lance_options, read_json, write_json
@@ -91,12 +92,14 @@ def finish_index(artifact_uri: str, model_hash: str, exact_below_rows: int = EXA
     """Index the written table (scalar columns, and vectors above `exact_below_rows`) and write meta.json.
 
     Raises:
-        ValueError: the table is empty.
+        ArtifactError: the table is empty.
     """
     table = _open_table(artifact_uri)
     num_rows = table.count_rows()
     if not num_rows:
-        raise ValueError(f"{artifact_uri}: no chip was embedded; see the ledger for the reasons")
+        raise ArtifactError(
+            f"{artifact_uri}: no chip was embedded; its ledger has the reasons: give other `chips`, delete the folder"
+        )
     width = table.schema.field("vector").type.list_size
     table.create_index("id", config=BTree())
     meta = IndexMeta(model_hash, width, num_rows)

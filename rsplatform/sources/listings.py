@@ -33,11 +33,12 @@ def read_rsicd(place: str, split: str) -> Listed:
         raise ConfigError(f"candidates: {place}: holds no list `images`; give RSICD's dataset_rsicd.json")
     listed = []
     for index, item in enumerate(images):
-        with_split = item if isinstance(item, dict) else {}
-        if with_split.get("split") == split:
-            texts = [sentence.get("raw") for sentence in _dicts(with_split.get("sentences"))]
-            where = f"{place}: images[{index}]"
-            name, texts = _checked(where, with_split.get("filename"), texts, "filename and sentences[].raw")
+        where = f"{place}: images[{index}]"
+        if not isinstance(item, dict) or not isinstance(item.get("split"), str):
+            raise ConfigError(f"candidates: {where}: needs `split` as text; fix or delete this entry")
+        if item["split"] == split:
+            texts = [sentence.get("raw") for sentence in _dicts(item.get("sentences"))]
+            name, texts = _checked(where, item.get("filename"), texts, "filename and sentences[].raw")
             listed.append((name, tuple(dict.fromkeys(" ".join(text.replace(" .", ".").split()) for text in texts))))
     return listed
 

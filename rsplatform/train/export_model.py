@@ -113,12 +113,12 @@ def _attributions(artifact: Artifact) -> tuple[str, ...]:
     """Whose imagery chips were cut from."""
     if not storage.exists(artifact.path(SCENES_FILE)):
         return ()
-    scenes = storage.read_json(artifact.path(SCENES_FILE))
+    scenes = artifact.read_json(SCENES_FILE)
     return tuple(sorted({scene["attribution"] for scene in scenes if scene.get("attribution")}))
 
 
 def _numbers(root: str, ref: str, model_hash: str) -> list[BenchmarkNumber]:
-    report = storage.read_json(open_artifact(root, ref).path("report.json"))
+    report = open_artifact(root, ref).read_json("report.json")
     if report["model_hash"] != model_hash:
         raise ConfigError(f"evaluations: {ref} measured {report['model']}, which is another model; evaluate this one")
     numbers = []

@@ -91,7 +91,7 @@ def test_cutters_joiners_and_describers_that_die_change_nothing(root: str, tmp_p
     landmarks = {"landmarks": [{"path": str(tmp_path / "houses.geojson")}], "keep_without_landmark": False}
     config, cluster = config_of(tmp_path, **landmarks), interrupted.cluster(root)
     artifact, again = Artifact(root, "chips/plain/v1"), Artifact(root, "chips/killed/v1")
-    scenes, _ = chips._scenes(config, cluster)
+    scenes, _, _ = chips._scenes(config, cluster)
     chips._store_landmarks(config, cluster, artifact)
     shards, _ = chips._shards(config, scenes)
     plain = chips.make_pipeline(config, artifact)

@@ -78,6 +78,24 @@ def test_finished_artifacts_are_listed(root: str) -> None:
     assert [item.ref for item in artifacts.list_artifacts(root, "chips")] == ["chips/a/v1", "chips/b/v2"]
 
 
+@pytest.mark.parametrize("document", [b"", b'{"ref": "chips/a', b"\xff\xfe"])
+def test_json_that_is_not_whole_is_named_with_the_remedy(root: str, document: bytes) -> None:
+    artifact = Artifact(root, "chips/a/v1")
+    finish(artifact, recipe(size=64))
+    Path(artifact.path(artifacts.MANIFEST)).write_bytes(document)
+    remedy = rf"chips/a/v1/manifest\.json is not whole JSON \(.*\); delete the folder {artifact.uri} and run its job"
+    with pytest.raises(ArtifactError, match=remedy):
+        artifacts.open_artifact(root, artifact.ref)
+    with pytest.raises(ArtifactError, match=remedy):
+        artifacts.begin(artifact, recipe(size=64))
+    Path(artifact.path(artifacts.MANIFEST)).unlink()
+    Path(artifact.path(artifacts.RECIPE)).write_bytes(document)
+    with pytest.raises(ArtifactError, match=r"recipe\.json is not whole JSON"):
+        artifacts.begin(artifact, recipe(size=64))
+    with pytest.raises(storage.NotWholeError, match=r"recipe\.json is not whole JSON .* make it again"):
+        storage.read_json(artifact.path(artifacts.RECIPE))
+
+
 def test_writes_are_whole_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "folder" / "file.json"
     storage.write_json(str(target), {"a": 1})

@@ -58,7 +58,8 @@ def test_bad_scenes_and_blocks_are_ledger_rows(tmp_path: Path, root: str) -> Non
     (folder / "broken.tif").write_bytes(b"II*\0")
     write_scene(folder / "site.tif", crs='LOCAL_CS["site grid",UNIT["metre",1]]')
     config, cluster = config_of(folder), Cluster(root=root)
-    scenes, drops = chips._scenes(config, cluster)
+    scenes, drops, num_files = chips._scenes(config, cluster)
+    assert num_files == 5
     assert {Path(drop.id).stem: drop.reason for drop in drops} == {
         "broken": "unreadable",
         "no_crs": "no_crs",
@@ -81,7 +82,7 @@ def test_bad_scenes_and_blocks_are_ledger_rows(tmp_path: Path, root: str) -> Non
 def cut(config: chips.IngestScenesConfig, cluster: Cluster) -> tuple[dict, list[dict]]:
     """Counts and rows of a recipe, without Ray or a stage."""
     artifact = Artifact(cluster.root, config.output)
-    scenes, _ = chips._scenes(config, cluster)
+    scenes, _, _ = chips._scenes(config, cluster)
     chips._store_landmarks(config, cluster, artifact)
     shards, _ = chips._shards(config, scenes)
     counts = run_plain(chips.make_pipeline(config, artifact), shards)
@@ -129,6 +130,21 @@ def test_a_source_decides_whether_chips_without_landmarks_stay(tmp_path: Path, r
     ]
     _, rows = cut(config_of(folder, **changes | {"scenes": kept, "output": "chips/t/v2"}), Cluster(root=root))
     assert {row["scene"] for row in rows} == {"strict"}
+
+
+def test_a_composite_may_not_take_the_id_of_a_scene_that_stays(tmp_path: Path, root: str) -> None:
+    for name in ("train_a", "train_b", "val_000"):
+        write_scene(tmp_path / f"{name}.tif")
+    cluster = Cluster(root=root)
+    with pytest.raises(ConfigError, match=r"composites: val_000 is also the id of .*val_000\.tif; give it another"):
+        chips._scenes(config_of(tmp_path, composites=[{"name": "val_000", "members": ["train_*"]}]), cluster)
+    twice = [{"name": "pair", "members": ["train_a"]}, {"name": "pair", "members": ["train_b"]}]
+    with pytest.raises(ConfigError, match="composites: pair is also the id"):
+        chips._scenes(config_of(tmp_path, composites=twice), cluster)
+    own = config_of(tmp_path, composites=[{"name": "train_a", "members": ["train_*"]}])
+    scenes, drops, num_files = chips._scenes(own, cluster)
+    assert {scene.id: len(scene.visits) for scene in scenes} == {"train_a": 2, "val_000": 1}
+    assert num_files == sum(len(scene.visits) for scene in scenes) == 3 and not drops
 
 
 def test_no_landmarks_at_all_are_refused_unless_a_source_keeps_its_chips(tmp_path: Path) -> None:

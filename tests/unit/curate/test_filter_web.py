@@ -15,7 +15,7 @@ from PIL import Image
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import load_config
+from rsplatform.config import ConfigError, load_config
 from rsplatform.curate.filter_web import (
     FilterWebConfig,
     ReadCandidates,
@@ -174,7 +174,7 @@ def test_average_precision_counts_ties_against_the_model() -> None:
     assert average_precision(np.array([0.9, 0.2, 0.8, 0.1]), labels) == 1.0
     assert average_precision(np.full(4, 0.5), labels) == pytest.approx((1 / 3 + 2 / 4) / 2)
     assert pick_threshold(np.array([0.9, 0.2, 0.8, 0.85]), labels, 0.6) == 0.2 + 0.6
-    with pytest.raises(ValueError, match="no threshold"):
+    with pytest.raises(ConfigError, match=r"min_precision: no threshold reaches 0\.9.*lower it"):
         pick_threshold(np.array([0.1, 0.9]), np.array([True, False]), 0.9)
 
 

@@ -10,6 +10,7 @@ import pytest
 from rsplatform import artifacts
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError
 from rsplatform.dataset.build import BuildDatasetConfig, ChipSource, WebSource, build_dataset
 from rsplatform.dataset.store import SampleStore, open_table
 from rsplatform.ledger import read_drops
@@ -79,12 +80,24 @@ def test_nothing_is_lost_and_pictures_are_read_from_their_source(cluster: Cluste
 
 def test_missing_splits_and_tables_are_named(cluster: Cluster) -> None:
     build_dataset(BuildDatasetConfig(output="dataset/b/v1", sources=SOURCES[:1]), cluster)
-    with pytest.raises(ValueError, match="no samples in split 'test'"):
+    with pytest.raises(ConfigError, match="no samples in split 'test'; it has train, val"):
         SampleStore(cluster.root, "dataset/b/v1", "test")
     with pytest.raises(ArtifactError, match="chips/none/v1 does not exist"):
         open_table(cluster.root, "chips/none/v1")
-    with pytest.raises(ValueError, match="hold no pictures"):
+    with pytest.raises(ConfigError, match="hold no pictures"):
         open_table(cluster.root, "dataset/b/v1")
+
+
+def test_a_dataset_of_nothing_is_refused_with_what_to_change(cluster: Cluster) -> None:
+    captions = [{"id": "chip-of-another-world", "captions": ["a lake"], "claims": []}]
+    write_artifact(
+        cluster.root, "captions/other/v1", "captions.lance", pa.Table.from_pylist(captions, schema=CAPTION_SCHEMA)
+    )
+    source = ChipSource(chips="chips/a/v1", captions="captions/other/v1")
+    with pytest.raises(ConfigError, match=r"no sample is left of 6 pictures \(6 no_caption\); give captions"):
+        build_dataset(BuildDatasetConfig(output="dataset/none/v1", sources=[source]), cluster)
+    with pytest.raises(ConfigError, match=r"chips/a/v1 holds no captions .* such as captions/NAME/v1"):
+        open_table(cluster.root, "chips/a/v1", "captions.lance")
 
 
 def test_held_out_classes_go_to_the_ledger_with_what_showed_them(
@@ -167,5 +180,5 @@ def test_a_store_holds_no_object_for_each_sample(cluster: Cluster) -> None:
 def test_a_dataset_of_another_schema_is_told_to_be_built_again(cluster: Cluster) -> None:
     old = pa.table({"id": ["a"], "table": ["chips/a/v1"], "row": [0], "captions": [["a"]], "split": ["train"]})
     write_artifact(cluster.root, "dataset/old/v1", "samples.lance", old)
-    with pytest.raises(ValueError, match="lack caption_weights, .*source.*build it again"):
+    with pytest.raises(ArtifactError, match="lack caption_weights, .*source.*build it again"):
         SampleStore(cluster.root, "dataset/old/v1", "train")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rsplatform.config import ConfigError
 from rsplatform.evaluate import nearest_colour
 from rsplatform.evaluate.benchmarks import MaskedPicture
 from rsplatform.evaluate.nearest_colour import NearestColour
@@ -29,5 +30,5 @@ def test_each_pixel_gets_the_class_of_the_nearest_mean(monkeypatch: pytest.Monke
 
 
 def test_masks_without_a_class_are_refused() -> None:
-    with pytest.raises(ValueError, match="no pixel of the masks is of a class"):
+    with pytest.raises(ConfigError, match="masks: no pixel is of a class, .*give masks of ids below"):
         NearestColour([masked_picture(0, mask_HW=np.full((20, 30), 255, np.uint8))], 4)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rsplatform.config import ConfigError
 from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
 
 
@@ -43,7 +44,7 @@ def test_best_prompt_decides_and_the_background_wins_ties():
 
 def test_bad_input_is_named():
     matrix = ConfusionMatrix(2)
-    with pytest.raises(ValueError, match="no pixel"):
+    with pytest.raises(ConfigError, match="masks: no pixel.*give masks"):
         matrix.scores()
     with pytest.raises(ValueError, match="differ in shape"):
         matrix.update(np.zeros((2, 2)), np.zeros((2, 3)))

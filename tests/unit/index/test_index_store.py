@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rsplatform.artifacts import ArtifactError
 from rsplatform.config import ConfigError
 from rsplatform.index.filters import SearchFilter, parse_interval
 from rsplatform.index.store import TABLE_PATH, ChipIndex, finish_index, index_schema
@@ -135,6 +136,12 @@ def test_an_index_of_another_model_is_refused(index: ChipIndex, rows: pa.Table, 
     finish_index(str(tmp_path), HASH)
     with pytest.raises(ConfigError, match="built with model"):
         ChipIndex(str(tmp_path), "b" * 64)
+
+
+def test_an_index_of_nothing_is_refused(tmp_path: Path, rows: pa.Table) -> None:
+    lance.write_dataset(rows.slice(0, 0), str(tmp_path / TABLE_PATH))
+    with pytest.raises(ArtifactError, match="no chip was embedded; its ledger has the reasons: give other `chips`"):
+        finish_index(str(tmp_path), HASH)
 
 
 def test_the_vector_index_finds_what_the_exact_search_finds(tmp_path: Path) -> None:

@@ -122,6 +122,9 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, problem: str) -> None
     ("document", "problem"),
     [
         ({"images": [{"split": "val"}, {"split": "train", "filename": "a.jpg"}]}, r"images\[1\]: needs filename"),
+        ({"images": ["a.jpg"]}, r"images\[0\]: needs `split` as text"),
+        ({"images": [{"split": "val"}, {"filename": "a.jpg"}]}, r"images\[1\]: needs `split` as text"),
+        ({"images": [{"split": ["train"]}]}, r"images\[0\]: needs `split` as text"),
         ([1], "holds no list `images`"),
     ],
 )
