@@ -134,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", type=Path, nargs="+", help="of evaluate: a model and its mask sets")
     parser.add_argument("--root", default="artifacts", help="where the recipes' artifacts are")
+    parser.add_argument("--max-images", type=int, help="of each mask set, evenly spread; by default the recipe's")
     parser.add_argument("--data-root", default=os.environ.get("RSPLATFORM_TEST_DATA", ""), help="of recipes' paths")
     return parser.parse_args()
 
@@ -149,7 +150,9 @@ def main() -> None:
             embedder = Embedder.load(folder, driver_device())
         for benchmark in config.benchmarks:
             if isinstance(benchmark, Segmentation):
-                columns[benchmark.name] = evaluated(benchmark, cluster, embedder)
+                limit = arguments.max_images or benchmark.max_images
+                fewer = benchmark.model_copy(update={"max_images": limit})
+                columns[benchmark.name] = evaluated(fewer, cluster, embedder)
     print(f"| mIoU, % (of the foreground) | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for row in dict.fromkeys(row for column in columns.values() for row in column):
         cells = [f"{column[row][0]:.1f} ({column[row][1]:.1f})" if row in column else "" for column in columns.values()]

@@ -12,8 +12,11 @@ import torch
 from pydantic import Field
 
 from rsplatform.config import Config
+from rsplatform.geo import Grid
 from rsplatform.localize.scene import PatchEncoder, SceneReader, Strip, Tiling, score_strips
 from rsplatform.localize.window import SmoothWindow
+
+Pair = tuple[float, float]  # (y, x)
 
 
 class MapScale(Config):
@@ -49,8 +52,8 @@ class View:
     encoder: PatchEncoder
     tiling: Tiling
     narrower: tuple[int, ...]
-    origin: tuple[float, float]
-    cell: tuple[float, float]
+    origin: Pair
+    cell: Pair
 
     @property
     def num_windows(self) -> int:
@@ -61,6 +64,19 @@ class View:
         """Patches along axis 0 (y) or 1 (x)."""
         patch, length_px = self.encoder.patch_size_px, (self.scene.height_px, self.scene.width_px)[axis]
         return -(-(self.scene.first_px[axis] % patch + length_px) // patch)
+
+
+def placed(scene: SceneReader, grid: Grid, frame: Grid, patch_size_px: int) -> tuple[Pair, Pair]:
+    """Origin and cell of a scene's patches in the pixels of another grid of the same CRS: what a View needs.
+
+    `grid` is the scene's own. Raises ValueError if the grids are turned against each other.
+    """
+    pixels = ~frame.affine @ grid.affine  # of the scene → of the frame
+    if max(abs(pixels.b), abs(pixels.d)) > 1e-6 * min(abs(pixels.a), abs(pixels.e)):
+        raise ValueError(f"grids {grid.transform} and {frame.transform} are turned against each other")
+    first_y, first_x = (-(first % patch_size_px) for first in scene.first_px)
+    left, top = pixels @ (first_x, first_y)
+    return (top, left), (pixels.e * patch_size_px, pixels.a * patch_size_px)
 
 
 def score_scales(

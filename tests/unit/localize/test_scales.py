@@ -6,8 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from rsplatform.geo import Grid
 from rsplatform.localize.picture import multi_scale_maps, picture_maps
-from rsplatform.localize.scales import MapScale, View, score_scales, windows_by_resolution
+from rsplatform.localize.scales import MapScale, View, placed, score_scales, windows_by_resolution
 from rsplatform.localize.scene import PatchEncoder, SceneReader, Tiling, score_strips
 from rsplatform.localize.smooth_attention import upsample
 from tests.unit.localize.test_scene import PATCH, Features, PatchifyEncoder, reader, whole
@@ -88,6 +89,19 @@ def test_patches_lie_where_the_frame_says(patches):
     texts = torch.tensor([[1.0, 0.0]])
     alone, both = (whole(score_scales(views, texts)) for views in ([base], [base, other]))
     torch.testing.assert_close(both[..., 1:-1], alone[..., 1:-1], atol=1e-4, rtol=0)
+
+
+def test_patches_are_placed_by_the_grids_of_their_scenes():
+    """A grid of pixels twice as large that begins 3 m west and 5 m north of the other, on patches from its origin."""
+    fine = Grid("EPSG:32636", (2.0, 0.0, 500.0, 0.0, -2.0, 900.0), 60, 40)
+    far = Grid("EPSG:32636", (4.0, 0.0, 497.0, 0.0, -4.0, 905.0), 31, 22)
+    scene = SceneReader(22, 31, reader(picture(22, 31)).read_window, None, (PATCH + 1, 2))
+    origin, cell = placed(scene, far, fine, PATCH)
+    assert cell == pytest.approx((2 * PATCH, 2 * PATCH))
+    assert origin == pytest.approx((-5 / 2 - 2, -3 / 2 - 4))
+    assert placed(reader(picture(40, 60)), fine, fine, PATCH) == ((0, 0), (PATCH, PATCH))
+    with pytest.raises(ValueError, match="turned"):
+        placed(scene, Grid("EPSG:32636", (0.0, 4.0, 497.0, 4.0, 0.0, 905.0), 31, 22), fine, PATCH)
 
 
 def test_missing_patches_stay_where_the_first_view_has_none(patches):
