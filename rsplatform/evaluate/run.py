@@ -37,7 +37,8 @@ from rsplatform.evaluate.classification import zero_shot_accuracy
 from rsplatform.evaluate.files import squares
 from rsplatform.evaluate.nearest_colour import NearestColour
 from rsplatform.evaluate.segmentation import ConfusionMatrix, decide
-from rsplatform.localize.picture import Scale, picture_maps
+from rsplatform.localize.picture import Scale, multi_scale_maps, picture_maps
+from rsplatform.localize.scales import MapScale
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.model.preprocess import Square
@@ -50,11 +51,15 @@ LogPicture = Callable[[Figure, str], None]
 
 
 class EvaluateConfig(StageConfig):
-    """A model and the benchmarks to score it on; `window` is smooth attention's, in patches (our default: 3)."""
+    """A model and the benchmarks to score it on; `window` is smooth attention's, in patches (our default: 3).
+
+    With `scales`, masks are also compared with maps that average further resolutions and windows.
+    """
 
     model: InputArtifact
     benchmarks: list[Benchmark] = Field(min_length=1)
     window: Annotated[SmoothWindow, Field(ge=3)] = 3
+    scales: list[MapScale] = []
 
 
 def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
@@ -67,7 +72,7 @@ def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
             embedder = Embedder.load(folder, driver_device())
         report: dict[str, Any] = {"model": config.model, "model_hash": embedder.model_hash, "benchmarks": {}}
         for benchmark in config.benchmarks:
-            result = score(benchmark, config.window, cluster, embedder, stage.run.log_picture)
+            result = score(benchmark, config.window, cluster, embedder, stage.run.log_picture, config.scales)
             stage.run.set_tags({f"pin.{benchmark.name}": result["pin"]})
             stage.log(numbers(benchmark.name, result))
             report["benchmarks"][benchmark.name] = result
@@ -79,7 +84,12 @@ def evaluate(config: EvaluateConfig, cluster: Cluster) -> Artifact:
 
 
 def score(
-    benchmark: Benchmark, window: int, cluster: Cluster, embedder: Embedder, log_picture: LogPicture
+    benchmark: Benchmark,
+    window: int,
+    cluster: Cluster,
+    embedder: Embedder,
+    log_picture: LogPicture,
+    scales: Sequence[MapScale] = (),
 ) -> dict[str, Any]:
     """One model on one benchmark: its numbers by name, in percent where they are shares, and its `pin`.
 
@@ -90,7 +100,7 @@ def score(
         return _retrieval(benchmark, cluster, embedder, log_picture)
     if isinstance(benchmark, Classification):
         return _classification(benchmark, cluster, embedder, log_picture)
-    return _segmentation(benchmark, window, cluster, embedder, log_picture)
+    return _segmentation(benchmark, window, cluster, embedder, log_picture, scales)
 
 
 def numbers(name: str, result: dict[str, Any]) -> dict[str, float]:
@@ -155,34 +165,36 @@ def _classification(
 
 
 def _segmentation(
-    benchmark: Segmentation, window: int, cluster: Cluster, embedder: Embedder, log_picture: LogPicture
+    benchmark: Segmentation,
+    window: int,
+    cluster: Cluster,
+    embedder: Embedder,
+    log_picture: LogPicture,
+    scales: Sequence[MapScale],
 ) -> dict[str, Any]:
-    """mIoU raw (window 1) and smooth on the same pictures, same head, upsampling and argmax over the prompts; and what
-    colours alone reach, if the benchmark says where they are from."""
+    """mIoU raw (window 1), smooth and of several scales on the same pictures, same head, upsampling and argmax over the
+    prompts; and what colours alone reach, if the benchmark says where they are from."""
     prompts = [prompt for mask_class in benchmark.classes for prompt in mask_class.prompts]
     class_of_prompt = [index for index, item in enumerate(benchmark.classes) for _ in item.prompts]
     texts_CE = torch.from_numpy(embedder.embed_texts(prompts))
     colours = _nearest_colour(benchmark, cluster)
-    matrices = {method: ConfusionMatrix(len(benchmark.classes)) for method in ("raw", "smooth", *colours)}
-    names = []
+    matrices: dict[str, ConfusionMatrix] = {}
+    names, looks = [], [scale.model_dump() for scale in scales]
     for picture in track(masked_pictures(benchmark, cluster), description=benchmark.name, transient=True):
         names.append((picture.name, content(picture.image_HWC.tobytes()), content(picture.mask_HW.tobytes())))
-        model_m = benchmark.model_ground_sample_distance_m
-        scale = Scale(picture.ground_sample_distance_m / model_m, model_m)
-        both = picture_maps(embedder, picture.image_HWC, texts_CE, scale=scale, window=window, narrower=[1])
-        maps = {"raw": both[len(prompts) :], "smooth": both[: len(prompts)]}
+        maps = _maps(embedder, benchmark, picture, texts_CE, window, scales)
         shape = picture.mask_HW.shape
         labels = {method: decide(maps_PHW, class_of_prompt, shape) for method, maps_PHW in maps.items()}
         found = labels | {method: baseline.labels(picture.image_HWC) for method, baseline in colours.items()}
-        for method, matrix in matrices.items():
-            matrix.update(found[method], picture.mask_HW)
+        for method, labels_HW in found.items():
+            matrices.setdefault(method, ConfusionMatrix(len(benchmark.classes))).update(labels_HW, picture.mask_HW)
         if len(names) <= 4:
             figure = figures.label_overlays(picture.image_HWC, picture.mask_HW, labels, benchmark.classes)
             log_picture(figure, f"{benchmark.name}/{picture.name}.png")
             _log_heatmap(log_picture, benchmark, picture, maps["smooth"])
     result: dict[str, Any] = {
         "num_images": len(names),
-        "pin": pin([names, benchmark.model_dump(exclude={"folder", "nearest_colour_from"}), window]),
+        "pin": pin([names, benchmark.model_dump(exclude={"folder", "nearest_colour_from"}), window, *looks]),
     }
     for method, matrix in matrices.items():
         scores = matrix.scores()
@@ -192,6 +204,26 @@ def _segmentation(
         result[f"{method}_miou"] = scores.mean_iou
         result[f"{method}_foreground_miou"] = float(np.mean(foreground)) if foreground else float("nan")
     return result
+
+
+def _maps(
+    embedder: Embedder,
+    benchmark: Segmentation,
+    picture: MaskedPicture,
+    texts_PE: torch.Tensor,
+    window: int,
+    scales: Sequence[MapScale],
+) -> dict[str, torch.Tensor]:
+    """maps_PHW by method; raw and smooth share their patches."""
+    model_m = benchmark.model_ground_sample_distance_m
+    scale = Scale(picture.ground_sample_distance_m / model_m, model_m)
+    both = picture_maps(embedder, picture.image_HWC, texts_PE, scale=scale, window=window, narrower=[1])
+    maps = {"raw": both[len(texts_PE) :], "smooth": both[: len(texts_PE)]}
+    if scales:
+        maps["multi_scale"] = multi_scale_maps(
+            embedder, picture.image_HWC, texts_PE, scale=scale, window=window, scales=scales
+        )
+    return maps
 
 
 def _nearest_colour(benchmark: Segmentation, cluster: Cluster) -> dict[str, NearestColour]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rsplatform.localize.scales import MapScale, View, score_scales, windows_by_resolution
 from rsplatform.localize.scene import PatchEncoder, SceneReader, Tiling, score_strips
 from rsplatform.model.embedder import Embedder
 
@@ -44,19 +45,41 @@ def picture_maps(
     cell's place in the map is its place in the picture. Tiles are `tiling`'s. Both are our defaults. The maps of
     `narrower` windows (1: raw patch maps) follow along C, comparable because they share patches and tiles.
     """
-    patch = embedder.patch_size
-    height, width = (max(1, round(side * scale.factor / patch)) * patch for side in image_HWC.shape[:2])
+    scene = _whole_patches(image_HWC, scale.factor, embedder.patch_size)
+    patches = encoder(embedder, scale.ground_sample_distance_m)
+    strips = score_strips(scene, patches, texts_CE, tiling(embedder, window), narrower)
+    return torch.cat([strip.maps_CHW for strip in strips], dim=1)
+
+
+def multi_scale_maps(
+    embedder: Embedder,
+    image_HWC: np.ndarray,
+    texts_CE: torch.Tensor,
+    *,
+    scale: Scale = AS_IT_IS,
+    window: int = 3,
+    scales: Sequence[MapScale],
+) -> torch.Tensor:
+    """maps_CHW like `picture_maps` on the same grid, averaged with those of further `scales`."""
+    views = []
+    for resolution, windows in windows_by_resolution(window, scales).items():
+        scene = _whole_patches(image_HWC, scale.factor * resolution, embedder.patch_size)
+        cell = (embedder.patch_size / scene.height_px, embedder.patch_size / scene.width_px)  # shares of the picture
+        patches = encoder(embedder, scale.ground_sample_distance_m / resolution)
+        views.append(View(scene, patches, tiling(embedder, windows[0]), windows[1:], (0.0, 0.0), cell))
+    return torch.cat([strip.maps_CHW for strip in score_scales(views, texts_CE)], dim=1)
+
+
+def _whole_patches(image_HWC: np.ndarray, factor: float, patch: int) -> SceneReader:
+    height, width = (max(1, round(side * factor / patch)) * patch for side in image_HWC.shape[:2])
     if (height, width) != image_HWC.shape[:2]:
-        resample = Image.Resampling.BOX if scale.factor < 1 else Image.Resampling.BICUBIC
+        resample = Image.Resampling.BOX if factor < 1 else Image.Resampling.BICUBIC
         image_HWC = np.asarray(Image.fromarray(image_HWC).resize((width, height), resample))
 
     def read_window(row: int, column: int, height: int, width: int) -> np.ndarray:
         return image_HWC[row : row + height, column : column + width]
 
-    scene = SceneReader(image_HWC.shape[0], image_HWC.shape[1], read_window)
-    patches = encoder(embedder, scale.ground_sample_distance_m)
-    strips = score_strips(scene, patches, texts_CE, tiling(embedder, window), narrower)
-    return torch.cat([strip.maps_CHW for strip in strips], dim=1)
+    return SceneReader(height, width, read_window)
 
 
 def encoder(embedder: Embedder, ground_sample_distance_m: float = math.nan) -> PatchEncoder:

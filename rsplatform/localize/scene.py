@@ -47,13 +47,23 @@ class SceneReader:
     """A scene as functions of (row, column, height, width) in pixels, asked only for windows inside it.
 
     `read_window` returns uint8 (height, width, 3); `read_valid` bool (height, width), None if all pixels are
-    data.
+    data. `first_px` is the row and column of the scene's first pixel on the ground grid that patches and tiles are laid
+    on: two scenes that overlap on it share the patches and tiles that lie in both, so their maps agree there.
     """
 
     height_px: int
     width_px: int
     read_window: Callable[[int, int, int, int], np.ndarray]
     read_valid: Callable[[int, int, int, int], np.ndarray] | None = None
+    first_px: tuple[int, int] = (0, 0)
+
+    def patch_rows(self, patch_size_px: int) -> int:
+        """Rows of the grid of patches that covers the scene."""
+        return -(-(self.first_px[0] % patch_size_px + self.height_px) // patch_size_px)
+
+    def patch_columns(self, patch_size_px: int) -> int:
+        """Columns of the grid of patches that covers the scene."""
+        return -(-(self.first_px[1] % patch_size_px + self.width_px) // patch_size_px)
 
 
 @dataclass(frozen=True)
@@ -99,10 +109,12 @@ def score_strips(
     texts_CE: torch.Tensor,
     tiling: Tiling,
     narrower: Sequence[int] = (),
+    patch_rows: tuple[int, int] | None = None,
 ) -> Iterator[Strip]:
-    """Smooth attention over the scene, one score per patch of the grid anchored at the scene's first pixel.
+    """Smooth attention over the scene, one score per patch of the grid that `SceneReader.first_px` anchors.
 
     The maps of `narrower` windows follow along C. Patches, tiles and blending are shared, so windows are comparable.
+    `patch_rows` (first, end) gives those rows only, from all tiles that reach them: the same numbers as in the whole.
 
     Where the scene ends inside a tile or a patch, its reflection completes the picture that the encoder sees,
     but takes no part in the pooling. The same holds for missing patches (under half of the pixels valid),
@@ -113,11 +125,15 @@ def score_strips(
     if min(scene.height_px, scene.width_px, patch) < 1:
         raise ValueError(f"a scene needs pixels, got {scene.height_px} x {scene.width_px} in patches of {patch}")
     windows = _windows(tiling, narrower)
-    rows, columns = (-(-length // patch) for length in (scene.height_px, scene.width_px))
-    row_starts, column_starts = _tile_starts(rows, tiling), _tile_starts(columns, tiling)
-    weights_HW = torch.zeros(min(tiling.tile_patches, rows), columns)
+    rows, columns = scene.patch_rows(patch), scene.patch_columns(patch)
+    first_row, end_row = patch_rows or (0, rows)
+    tile_patches = tiling.tile_patches
+    row_starts = _tile_starts(rows, tiling, scene.first_px[0] // patch)
+    row_starts = [row for row in row_starts if row < end_row and row + tile_patches > first_row]
+    column_starts = _tile_starts(columns, tiling, scene.first_px[1] // patch)
+    weights_HW = torch.zeros(min(tile_patches, rows), columns)
     sums_CHW = torch.zeros(len(windows) * len(texts_CE), *weights_HW.shape)
-    for row, next_row in zip(row_starts, [*row_starts[1:], rows], strict=True):
+    for row, next_row in zip(row_starts, [*row_starts[1:], min(rows, row_starts[-1] + tile_patches)], strict=True):
         for first in range(0, len(column_starts), tiling.batch_tiles):
             starts = column_starts[first : first + tiling.batch_tiles]
             tiles = list(_read_tiles(scene, row, starts, tiling, patch))
@@ -127,10 +143,12 @@ def score_strips(
                 inside = slice(column, column + tile_HW.shape[1])
                 sums_CHW[:, :, inside] += maps_CHW * tile_HW
                 weights_HW[:, inside] += tile_HW
-        done = next_row - row
+        done, wanted = next_row - row, slice(max(first_row - row, 0), end_row - row)
         missing_HW = weights_HW[:done] == 0
         strip_CHW = sums_CHW[:, :done] / weights_HW[:done].masked_fill(missing_HW, 1.0)
-        yield Strip(row, strip_CHW.masked_fill(missing_HW, torch.nan))
+        strip_CHW = strip_CHW.masked_fill(missing_HW, torch.nan)[:, wanted]
+        if strip_CHW.shape[1]:
+            yield Strip(row + wanted.start, strip_CHW)
         sums_CHW = torch.cat([sums_CHW[:, done:], torch.zeros_like(sums_CHW[:, :done])], dim=1)
         weights_HW = torch.cat([weights_HW[done:], torch.zeros_like(weights_HW[:done])])
 
@@ -157,10 +175,14 @@ def upsample_strips(strips: Iterable[Strip], scene: SceneReader, patch_size_px: 
         yield _stretch(held, above, None, scene, patch_size_px)
 
 
-def _tile_starts(length: int, tiling: Tiling) -> list[int]:
-    """First cells of the tiles along an axis; the last tile is moved back to end with the scene."""
-    last = max(0, length - tiling.tile_patches)
-    return [*range(0, last, tiling.tile_patches - tiling.overlap_patches), last]
+def _tile_starts(length: int, tiling: Tiling, first_patch: int) -> list[int]:
+    """First cells of the tiles along an axis whose first cell is patch `first_patch` of the ground grid.
+
+    Tiles lie where the ground grid says; one more begins and one more ends with the scene, so that its borders are
+    seen in whole tiles too.
+    """
+    last, step = max(0, length - tiling.tile_patches), tiling.tile_patches - tiling.overlap_patches
+    return sorted({0, *range(-first_patch % step, last, step), last})
 
 
 def _ramp(start: int, length: int, tiling: Tiling) -> torch.Tensor:
@@ -210,29 +232,36 @@ def _read_tiles(
     Memory holds the pixels of `columns` only, so `tiling.batch_tiles` bounds it, whatever the scene's width.
     """
     size = tiling.tile_patches * patch
-    top, left = row * patch, columns[0] * patch
-    height, width = min(size, scene.height_px - top), min(columns[-1] * patch + size, scene.width_px) - left
+    tile_top = row * patch - scene.first_px[0] % patch
+    tile_lefts = [column * patch - scene.first_px[1] % patch for column in columns]
+    top, left = max(tile_top, 0), max(tile_lefts[0], 0)
+    height, width = min(tile_top + size, scene.height_px) - top, min(tile_lefts[-1] + size, scene.width_px) - left
     image_HWC = scene.read_window(top, left, height, width)
     if image_HWC.shape != (height, width, 3) or image_HWC.dtype != np.uint8:
         raise ValueError(f"scene gave {image_HWC.dtype} {image_HWC.shape} for uint8 ({height}, {width}, 3)")
     valid_HW = np.ones((height, width), dtype=bool)
     if scene.read_valid is not None:
         valid_HW = scene.read_valid(top, left, height, width)
-    for column in columns:
-        tile = slice(column * patch - left, column * patch - left + size)
-        yield _complete_tile(image_HWC[:, tile], valid_HW[:, tile], tiling.tile_patches, patch)
+    for tile_left in tile_lefts:
+        tile, before = slice(max(tile_left, 0) - left, tile_left + size - left), (top - tile_top, max(-tile_left, 0))
+        yield _complete_tile(image_HWC[:, tile], valid_HW[:, tile], before, tiling.tile_patches, patch)
 
 
-def _complete_tile(image_HWC: np.ndarray, valid_HW: np.ndarray, size: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """A tile of `size` patches squared, reflected beyond the scene; missing pixels get the mean colour."""
-    height, width = valid_HW.shape
+def _complete_tile(
+    image_HWC: np.ndarray, valid_HW: np.ndarray, before_px: tuple[int, int], size: int, patch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A tile of `size` patches squared, reflected beyond the scene; missing pixels get the mean colour.
+
+    `before_px` rows and columns of its first patches lie before the scene.
+    """
     if valid_HW.any() and not valid_HW.all():
         mean_colour = image_HWC[valid_HW].mean(axis=0).round().astype(np.uint8)
         image_HWC = np.where(valid_HW[:, :, None], image_HWC, mean_colour)
-    beyond = ((0, size * patch - height), (0, size * patch - width))
+    seen = [before + length for before, length in zip(before_px, valid_HW.shape, strict=True)]
+    beyond = [(before, size * patch - end) for before, end in zip(before_px, seen, strict=True)]
     image_HWC = np.pad(image_HWC, (*beyond, (0, 0)), mode="reflect")
     valid_share_HW = np.pad(valid_HW, beyond, mode="reflect").reshape(size, patch, size, patch).mean(axis=(1, 3))
-    return image_HWC, valid_share_HW[: -(-height // patch), : -(-width // patch)] >= 0.5
+    return image_HWC, valid_share_HW[: -(-seen[0] // patch), : -(-seen[1] // patch)] >= 0.5
 
 
 def _stretch(
@@ -245,9 +274,12 @@ def _stretch(
     size = (maps_CHW.shape[1] * patch, maps_CHW.shape[2] * patch)
     weighted = upsample(torch.cat([maps_CHW.nan_to_num(0.0) * present_1HW, present_1HW])[None], size)[0]
     pixels_CHW = torch.where(weighted[-1:] > 0, weighted[:-1] / weighted[-1:], torch.nan)
-    top, first = strip.row * patch, patch if above is not None else 0
-    height = min(strip.maps_CHW.shape[1] * patch, scene.height_px - top)
-    pixels_CHW = pixels_CHW[:, first : first + height, : scene.width_px]
+    before_y, before_x = (first % patch for first in scene.first_px)
+    frame_top, first = strip.row * patch - before_y, patch if above is not None else 0
+    top = max(frame_top, 0)
+    height = min(frame_top + strip.maps_CHW.shape[1] * patch, scene.height_px) - top
+    first += top - frame_top
+    pixels_CHW = pixels_CHW[:, first : first + height, before_x : before_x + scene.width_px]
     if scene.read_valid is not None:
         missing_HW = ~torch.from_numpy(scene.read_valid(top, 0, height, scene.width_px))
         pixels_CHW = pixels_CHW.masked_fill(missing_HW, torch.nan)

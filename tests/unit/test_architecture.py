@@ -51,6 +51,7 @@ TORCH_ONLY = [
     "train/pretrain.py",
     "train/engine.py",
     "localize/smooth_attention.py",
+    "localize/guided_filter.py",
 ]
 TORCH_ONLY_ALLOWED = {"torch", "numpy"}
 # The rest of the model: files and pictures, but no framework of ours around it.

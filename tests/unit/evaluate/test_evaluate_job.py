@@ -14,12 +14,13 @@ from PIL import Image
 
 from rsplatform import storage
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, validate
+from rsplatform.config import ConfigError, load_config, validate
 from rsplatform.evaluate.benchmarks import CaptionFolderRetrieval, DatasetRetrieval, load_retrieval
 from rsplatform.evaluate.run import EvaluateConfig, evaluate, retrieval_images
 from rsplatform.index.embed import load_embedder
 from rsplatform.records import SAMPLE_SCHEMA
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 CLASSES = [
     {"name": "land", "values": [0], "prompts": ["a field"]},
     {"name": "port", "values": [1], "prompts": ["harbour and water", "a harbour"]},
@@ -85,6 +86,21 @@ def test_numbers_pins_and_pictures_of_every_benchmark_are_kept(cluster: Cluster)
     expected = {"pairs_recall.png", "kinds_classes.png", *overlays, *heatmaps, "report.json", "manifest.json"}
     assert set(logged) == expected
     assert all(logged[name] > 1000 for name in expected if name.endswith(".png"))
+
+
+def test_several_scales_are_one_more_method_and_part_of_the_pin(cluster: Cluster) -> None:
+    """The shipped recipe's scales, on other masks; the other methods stay as they are."""
+    shipped = load_config(EvaluateConfig, REPOSITORY / "configs/evaluate/world_scales.yaml")
+    reports = []
+    for version, scales in (("v1", []), ("v2", shipped.scales)):
+        changes = {"benchmarks": [BENCHMARKS[2]], "scales": scales, "output": f"evaluation/scales/{version}"}
+        reports.append(
+            storage.read_json(evaluate(config(**changes), cluster).path("report.json"))["benchmarks"]["masks"]
+        )
+    alone, beside = reports
+    assert "multi_scale_miou" not in alone and 0 <= beside["multi_scale_miou"] <= 100
+    assert all(beside[name] == alone[name] for name in ("raw_miou", "smooth_miou"))
+    assert beside["pin"] != alone["pin"]
 
 
 def test_a_damaged_picture_stops_the_job_with_its_name(cluster: Cluster, tmp_path: Path) -> None:

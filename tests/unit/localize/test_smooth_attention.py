@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.localize import unfold_reference
 from rsplatform.localize.smooth_attention import Head, raw_patch_maps, smooth_attention, upsample
+from rsplatform.model.vision_encoder import VisionConfig, VisionEncoder
 
 
 def slow_maps(
@@ -44,6 +47,7 @@ def _double_and_seeded():
 
 
 @settings(max_examples=40, deadline=None)
+@example(grid=(1, 1), heads=2, window=101, stride=5, spread=100.0, seed=0)
 @given(
     grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     heads=st.sampled_from([1, 2]),
@@ -103,17 +107,77 @@ def test_many_strips_equal_one(monkeypatch):
     torch.testing.assert_close(smooth_attention(values, texts, head=torch.nn.Identity(), window=5, stride=2), whole)
 
 
+@pytest.mark.parametrize("grid", [(4, 3), (1, 1)])
 @pytest.mark.parametrize("stride", [1, 3])
-def test_gradients(stride):
-    values = torch.randn(1, 4, 3, 4, requires_grad=True)
+@pytest.mark.parametrize("spread", [None, 1.0, 100.0], ids=["mean", "learned", "learned ±100"])
+def test_gradients(grid, stride, spread):
+    values = torch.randn(1, *grid, 4, requires_grad=True)
     texts = torch.randn(2, 3, requires_grad=True)
-    scores = torch.randn(1, 2, 4, 3, requires_grad=True)
-    head = torch.nn.Linear(4, 3)
+    scores = None if spread is None else (spread * torch.randn(1, 2, *grid)).requires_grad_()
+    weight = torch.randn(3, 4, requires_grad=True)
 
-    def maps(values: torch.Tensor, texts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def maps(values, texts, weight, scores=None):
+        def head(pooled):
+            return F.linear(F.layer_norm(pooled, (4,)), weight)
+
         return smooth_attention(values, texts, head=head, scores_BHW=scores, window=3, stride=stride)
 
-    assert torch.autograd.gradcheck(maps, (values, texts, scores))
+    inputs = (values, texts, weight) if scores is None else (values, texts, weight, scores)
+    assert torch.autograd.gradcheck(maps, inputs)
+
+
+@pytest.mark.parametrize("pooling", ["map", "mean"])
+@pytest.mark.parametrize("grid", [(8, 8), (3, 5), (1, 1)])
+def test_a_window_over_the_whole_picture_is_the_embedding_of_the_model(pooling, grid):
+    """The window pools what the encoder pools: same values, scores and head. A patch alone is a picture of one."""
+    vision = VisionEncoder(VisionConfig(16, 2, 2, 32, 4, 32, pooling), 12).eval()
+    texts = F.normalize(torch.randn(3, 12), dim=-1)
+    with torch.no_grad():
+        images = torch.randn(2, 3, 4 * grid[0], 4 * grid[1])
+        embeddings = F.normalize(vision.embed_tokens(vision(images)), dim=-1)
+        features = vision.patch_features(images)
+        found = smooth_attention(
+            features.values_BHWD, texts, head=vision.head, scores_BHW=features.scores_BKHW, window=2 * max(grid) + 1
+        )
+    torch.testing.assert_close(found, (embeddings @ texts.T)[:, :, None, None].expand_as(found))
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_float32_equals_the_unfold_of_the_benchmark(window):
+    values, texts = torch.randn(1, 12, 9, 16).float(), F.normalize(torch.randn(3, 16), dim=-1).float()
+    scores = (200 * torch.rand(1, 12, 9) - 100).float()
+    found = smooth_attention(values, texts, head=torch.nn.Identity(), scores_BHW=scores, window=window)
+    assert found.dtype == torch.float32
+    expected = unfold_reference(values, texts, torch.nn.Identity(), scores, window)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_thousand_texts_cost_their_maps_and_little_more():
+    """Memory beyond the maps does not grow with texts times window."""
+    values, texts = torch.randn(1, 40, 40, 64).float(), torch.randn(1000, 64).float()
+    maps_bytes = 1000 * 40 * 40 * 4
+    largest = largest_tensor_bytes(lambda: smooth_attention(values, texts, head=torch.nn.Identity(), window=5))
+    assert largest <= maps_bytes
+    few = smooth_attention(values, texts[:7], head=torch.nn.Identity(), window=5)
+    many = smooth_attention(values, texts, head=torch.nn.Identity(), window=5)
+    torch.testing.assert_close(many[:, :7], few, atol=1e-6, rtol=0)
+
+
+def largest_tensor_bytes(function) -> int:
+    """Of everything that operations give while `function` runs."""
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.untyped_storage().nbytes())
+            return result
+
+    with Sizes() as sizes:
+        function()
+    return sizes.largest
 
 
 def test_raw_is_a_window_of_one_and_a_window_of_everything_is_flat():
