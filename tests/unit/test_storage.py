@@ -2,9 +2,11 @@
 
 import errno
 import sqlite3
+from pathlib import Path
 
 import pytest
 
+from rsplatform import storage
 from rsplatform.storage import refused_write
 
 
@@ -27,3 +29,20 @@ def test_a_refusing_disk_is_recognised_behind_other_errors(error: Exception, rea
             raise RuntimeError("a worker failed") from cause
     except RuntimeError as outer:
         assert refused_write(outer) == reason
+
+
+def test_a_file_is_copied_whole_or_not_at_all(tmp_path: Path) -> None:
+    """In pieces, whatever its size; a copy that fails leaves what was there, and no temporary file."""
+    source, target = tmp_path / "source.bin", tmp_path / "artifact" / "target.bin"
+    source.write_bytes(bytes(range(256)) * 40_000)  # more than one piece
+    assert source.stat().st_size > storage.COPY_BYTES
+    storage.write_file(str(target), source)
+    assert target.read_bytes() == source.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        storage.write_file(str(target), tmp_path / "missing.bin")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        storage.write_file(str(tmp_path / "file" / "below"), source)
+    assert target.read_bytes() == source.read_bytes() and [entry.name for entry in target.parent.iterdir()] == [
+        "target.bin"
+    ]
