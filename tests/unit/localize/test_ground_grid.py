@@ -8,6 +8,7 @@ import pytest
 import rasterio
 import tiny_service
 import torch
+from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 
@@ -27,7 +28,7 @@ def write_scene(path: Path, image_HWC: np.ndarray, transform: Affine = UTM, crs:
     profile = {"driver": "GTiff", "width": image_HWC.shape[1], "height": image_HWC.shape[0], "dtype": "uint8"}
     with rasterio.open(path, "w", crs=crs, transform=transform, count=image_HWC.shape[2], **profile) as raster:
         if image_HWC.shape[2] == 4:
-            raster.colorinterp = [*raster.colorinterp[:3], rasterio.enums.ColorInterp.alpha]
+            raster.colorinterp = [*raster.colorinterp[:3], ColorInterp.alpha]
         raster.write(np.moveaxis(image_HWC, 2, 0))
     return path
 
@@ -126,7 +127,8 @@ def test_a_reprojected_copy_gives_the_same_mask(tmp_path: Path, crs: str) -> Non
 def test_the_grid_covers_the_scene_and_lies_on_the_lines_of_the_crs() -> None:
     for angle in (0.0, 30.0):  # north-up and turned
         transform = Affine.translation(500_003, 5_500_001) @ Affine.rotation(angle) @ Affine.scale(0.7, -0.7)
-        grid = Grid("EPSG:32632", tuple(transform)[:6], 301, 203)
+        a, b, c, d, e, f = tuple(transform)[:6]
+        grid = Grid("EPSG:32632", (a, b, c, d, e, f), 301, 203)
         target = target_grid(grid, 2.0)
         lines = Affine(*target.grid.transform)
         step_x, step_y = np.hypot(lines.a, lines.d), np.hypot(lines.b, lines.e)

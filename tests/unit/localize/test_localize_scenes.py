@@ -56,9 +56,9 @@ def localize_plainly(cluster: Cluster, run: Run = run_plain, **changes: object) 
     return stage.artifact
 
 
-def write_scene(path: Path, image_HWC: np.ndarray, **profile: object) -> None:
+def write_scene(path: Path, image_HWC: np.ndarray, **profile: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = {"crs": "EPSG:32632", "transform": UTM} | profile
+    place: dict[str, Any] = {"crs": "EPSG:32632", "transform": UTM} | profile
     height, width, count = image_HWC.shape
     kind = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": image_HWC.dtype}
     with rasterio.open(path, "w", **kind, **place) as raster:
