@@ -8,12 +8,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 import boto3
@@ -31,6 +32,9 @@ class NotWholeError(StorageError):
 
 # The names that `write_bytes` gives to files it has not finished.
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{32}\.tmp$")
+
+# Of a file that is copied, held in memory at a time.
+COPY_BYTES = 8 * 2**20
 
 # How libraries say that a disk takes no more bytes: Lance and safetensors by number, SQLite in prose.
 _REFUSALS = {
@@ -225,18 +229,36 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
         with system.open_output_stream(path) as stream:
             stream.write(data)
         return
-    target = Path(path)
+    with _replacing(Path(path), uri) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path, uri: str) -> Iterator[BinaryIO]:
+    """A temporary file beside `target` that takes its name when the block has ended well and the disk has it all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"{uri}: cannot write ({error.strerror}); free or remount the disk") from error
+
+
+def write_file(uri: str, file: Path) -> None:
+    """Copy a local file of any size to `uri`, so that a reader sees the old one or the whole new one."""
+    system, path = filesystem(uri)
+    with file.open("rb") as source:
+        if is_s3(uri):  # visible when its last part has been sent
+            with system.open_output_stream(path) as stream:
+                shutil.copyfileobj(source, stream, COPY_BYTES)
+            return
+        with _replacing(Path(path), uri) as stream:
+            shutil.copyfileobj(source, stream, COPY_BYTES)
 
 
 def delete_temporaries(uri: str) -> None:

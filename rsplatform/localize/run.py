@@ -1,188 +1,244 @@
-"""Front door `localize`: scenes and texts in, georeferenced score and mask COGs and polygons out.
+"""Front door `localize`: scenes and texts in, georeferenced score and mask COGs, polygons, boxes and counts out.
 
-Pixels come through sources/scenes.py, resampled to the model's scale on a grid anchored at the scene's first
-pixel, so a scene gives the same map whatever the tiling. A scene whose files stand is not done again on resume.
+Three steps on Ray Data, each resumed where it was: thresholds from chips if the recipe asks for them (calibrate.py),
+strips of scores with the model in actors (score_scenes.py), the files of each scene (products.py).
 """
 
-import tempfile
-from collections.abc import Iterator
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import numpy as np
+import lance
 import rasterio
-import torch
-from PIL import Image
-from pydantic import Field
 from rich.progress import track
 
 from rsplatform import storage
-from rsplatform.artifacts import Artifact, open_artifact
+from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, InputArtifact, StageConfig
-from rsplatform.geo import Grid
-from rsplatform.ledger import Drop, counts, write_drops
-from rsplatform.localize.figures import mask_overlay
-from rsplatform.localize.picture import encoder, tiling
-from rsplatform.localize.scene import SceneReader, Strip, score_strips, upsample_strips
-from rsplatform.localize.vectorize import Legend, write_mask, write_polygons, write_scores
-from rsplatform.localize.window import SmoothWindow
-from rsplatform.model.embedder import Embedder, driver_device
-from rsplatform.sources.scenes import (
-    Layer,
-    Scene,
-    SceneError,
-    SceneSource,
-    describe_scene,
-    find_scene_files,
-    open_pixels,
-    read_window,
+from rsplatform.curate.pipeline import Loaded, Pipeline, Shard, run_pipeline
+from rsplatform.localize.calibrate import (
+    MARGIN_SCHEMA,
+    ImageScorer,
+    ReadImages,
+    Words,
+    calibration_shards,
+    thresholds,
 )
+from rsplatform.localize.figures import mask_overlay
+from rsplatform.localize.ground_grid import resampled
+from rsplatform.localize.legend import Legend
+from rsplatform.localize.picture import tiling
+from rsplatform.localize.products import (
+    SCENE_SCHEMA,
+    MakeProducts,
+    ProductRecipe,
+    product_names,
+    read_scene,
+    scene_shard,
+)
+from rsplatform.localize.recipe import LocalizeConfig, Sought
+from rsplatform.localize.score_scenes import (
+    STRIP_SCHEMA,
+    ScoreRecipe,
+    StripScorer,
+    load_model,
+    read_strip,
+    strip_shards,
+)
+from rsplatform.localize.vectorize import Limits
+from rsplatform.model.embedder import Embedder, granted_device
+from rsplatform.runtime import ray_runtime
+from rsplatform.sources.scenes import Scene, SceneError, describe_scene, find_scene_files
 from rsplatform.stage import Stage, finished, open_stage
 
+__all__ = ["LocalizeConfig", "Sought", "localize", "localize_with"]
+
 STAGE = "localize"
+STRIPS_TABLE, IMAGES_TABLE, SCENES_TABLE = "work/strips.lance", "work/calibration.lance", "scenes.lance"
+COUNTS_FILE, THRESHOLDS_FILE = "counts.csv", "thresholds.json"
+MAX_PICTURES = 24  # of masks, in MLflow
 
-
-class Sought(Config):
-    """One thing to find: its name and the prompts that ask for it."""
-
-    name: str
-    prompts: list[str] = Field(min_length=1)
-
-
-class LocalizeConfig(StageConfig):
-    """Scenes, a model, what to find and the background prompts it competes with.
-
-    `window` is smooth attention's in patches; regions below `min_area_m2` leave the polygons (our defaults).
-    """
-
-    model: InputArtifact
-    scenes: SceneSource
-    classes: list[Sought] = Field(min_length=1)
-    background_prompts: list[str] = Field(min_length=1)
-    ground_sample_distance_m: float = Field(gt=0)
-    window: SmoothWindow = 3
-    min_area_m2: float = Field(default=400.0, ge=0)
+Run = Callable[[Pipeline, Sequence[Shard]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every scene of one call shares."""
+    """What the steps of one call share; `run` runs a pipeline's shards and gives their funnel."""
 
-    embedder: Embedder
-    texts_CE: torch.Tensor
-    legend: Legend
     config: LocalizeConfig
+    cluster: Cluster
+    stage: Stage
+    run: Run
+    embedder: Embedder
 
+    @property
+    def artifact(self) -> Artifact:
+        return self.stage.artifact
 
-def localize(config: LocalizeConfig, cluster: Cluster) -> Artifact:
-    """Find texts in whole scenes: georeferenced scores, masks and polygons."""
-    done = finished(config, cluster)
-    if done:
-        return done
-    with open_stage(config, cluster) as stage:
-        with storage.local_folder(open_artifact(cluster.root, config.model).path("model")) as folder:
-            embedder = Embedder.load(folder, driver_device())
-        job = _job(embedder, config)
-        files = find_scene_files(config.scenes, cluster.resolve)
-        drops, num_regions = [], 0
-        with rasterio.Env(**storage.gdal_options()):
-            for uri, place in track(files, description="localize"):
-                try:
-                    scene = describe_scene(uri, place, config.scenes)
-                    num_regions += _localize_scene(scene, job, stage)
-                except SceneError as error:
-                    drops.append(Drop(uri, error.reason, error.detail))
-        if len(drops) == len(files):
-            raise ValueError(f"no usable scene among {len(files)}: {drops[0].reason}: {drops[0].detail}")
-        write_drops(stage.artifact, STAGE, "scenes", drops)
-        stage.counts = counts(len(files), len(files) - len(drops), [drop.reason for drop in drops])
-        stage.log({"regions": num_regions})
-    return stage.artifact
+    @property
+    def device(self) -> str:
+        """Where the actors' models are."""
+        return granted_device(self.cluster.data.gpus_per_actor)
 
+    @property
+    def scores(self) -> ScoreRecipe:
+        """What decides the scores."""
+        config = self.config
+        return ScoreRecipe(tuple(config.prompts), config.ground_sample_distance_m, config.window)
 
-def _job(embedder: Embedder, config: LocalizeConfig) -> Job:
-    sought = [(index, prompt) for index, item in enumerate(config.classes, 1) for prompt in item.prompts]
-    prompts = [*config.background_prompts, *(prompt for _, prompt in sought)]
-    classes = [0] * len(config.background_prompts) + [index for index, _ in sought]
-    legend = Legend(tuple(prompts), tuple(classes), embedder.model_hash)
-    return Job(embedder, torch.from_numpy(embedder.embed_texts(prompts)), legend, config)
-
-
-def _localize_scene(scene: Scene, job: Job, stage: Stage) -> int:
-    """Write the files of one scene into the artifact; the polygons come last and say that it is done."""
-    polygons_uri = stage.artifact.path(f"{scene.id}.geojson")
-    if storage.exists(polygons_uri):
-        return len(storage.read_json(polygons_uri)["features"])
-    reader, grid = resampled(scene, job.config.ground_sample_distance_m)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        scores, mask, polygons = (folder / f"{scene.id}{end}" for end in ("_scores.tif", "_mask.tif", ".geojson"))
-        write_scores(scores, grid, _pixel_strips(reader, job), job.legend)
-        write_mask(mask, scores, grid, job.legend)
-        min_area_m2 = job.config.min_area_m2
-        num_regions = write_polygons(polygons, mask, scores, job.legend, min_area_m2)
-        stage.run.log_picture(mask_overlay(reader, mask, [item.name for item in job.config.classes]), f"{scene.id}.png")
-        for file in (scores, mask, polygons):
-            storage.write_bytes(stage.artifact.path(file.name), file.read_bytes())
-    return num_regions
-
-
-def _pixel_strips(reader: SceneReader, job: Job) -> Iterator[Strip]:
-    patches = encoder(job.embedder, job.config.ground_sample_distance_m)
-    strips = score_strips(reader, patches, job.texts_CE, tiling(job.embedder, job.config.window))
-    return upsample_strips(strips, reader, job.embedder.patch_size)
-
-
-def resampled(scene: Scene, ground_sample_distance_m: float) -> tuple[SceneReader, Grid]:
-    """The scene as the model sees it, lazily: uint8 windows and validity at the model's scale, and their grid."""
-    layers = open_pixels(scene)
-    source_size = (scene.grid.height, scene.grid.width)
-    height_m, width_m = scene.grid.pixel_size_m()
-    height = max(1, round(scene.grid.height * height_m / ground_sample_distance_m))
-    width = max(1, round(scene.grid.width * width_m / ground_sample_distance_m))
-    scale_y, scale_x = scene.grid.height / height, scene.grid.width / width
-    affine = scene.grid.affine @ scene.grid.affine.scale(scale_x, scale_y)
-    transform = (affine.a, affine.b, affine.c, affine.d, affine.e, affine.f)
-
-    def read(row: int, column: int, rows: int, columns: int) -> np.ndarray:
-        source = Source(layers, source_size, (scale_y, scale_x))
-        return _resample(source, (row, column, rows, columns))
-
-    def read_colours(row: int, column: int, rows: int, columns: int) -> np.ndarray:
-        return read(row, column, rows, columns)[..., :3]
-
-    def read_valid(row: int, column: int, rows: int, columns: int) -> np.ndarray:
-        return read(row, column, rows, columns)[..., 3] > 127
-
-    return SceneReader(height, width, read_colours, read_valid), Grid(scene.grid.crs, transform, width, height)
+    def rows(self, table: str, columns: list[str]) -> Any:
+        """Columns of one of the artifact's tables."""
+        uri = self.artifact.path(table)
+        return lance.dataset(uri, storage_options=storage.lance_options(uri)).to_table(columns=columns)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A scene's lazy rasters, its size in its own pixels, and how many of them make one of the target (y, x)."""
+class SceneFile:
+    """One file of the source: its scene, or why it is none."""
 
-    layers: list[Layer]
-    size_px: tuple[int, int]
-    scale: tuple[float, float]
+    uri: str
+    name: str
+    scene: Scene | None
+    error: SceneError | None = None
+    strips: range = range(0)
 
 
-def _resample(source: Source, window: tuple[int, int, int, int]) -> np.ndarray:
-    """Window (row, column, height, width) of the scaled picture; reads a margin, so windows meet without seams."""
-    row, column, rows, columns = window
-    top, bottom, first_row, end_row = _span(row, rows, source.scale[0], source.size_px[0])
-    left, right, first_column, end_column = _span(column, columns, source.scale[1], source.size_px[1])
-    pixels = read_window(source.layers, first_row, first_column, end_row - first_row, end_column - first_column)
-    box = (left - first_column, top - first_row, right - first_column, bottom - first_row)
-    bands = [
-        Image.fromarray(np.ascontiguousarray(pixels[..., band])).resize((columns, rows), Image.Resampling.BILINEAR, box)
-        for band in range(pixels.shape[2])
+def localize(config: LocalizeConfig, cluster: Cluster) -> Artifact:
+    """Find texts in whole scenes: georeferenced scores, masks, polygons and counts."""
+    done = finished(config, cluster)
+    if done:
+        return done
+    with open_stage(config, cluster) as stage, ray_runtime(cluster):
+        localize_with(config, cluster, stage, lambda pipeline, shards: run_pipeline(pipeline, shards, cluster))
+    return stage.artifact
+
+
+def localize_with(config: LocalizeConfig, cluster: Cluster, stage: Stage, run: Run) -> None:
+    """All the work of an open stage; `run` is `run_pipeline` on a cluster, or `run_plain` without Ray.
+
+    Raises:
+        ValueError: no scene is usable.
+        ConfigError: no files, files whose products would have the same names, or chips that tell too little.
+    """
+    job = Job(config, cluster, stage, run, load_model(cluster.root, config.model))
+    legend = _legend(job)
+    files = _scored(job, _described(job))
+    if all(file.error for file in files):
+        raise ValueError(f"no usable scene among {len(files)}: {files[0].error}")
+    shards = [
+        scene_shard(number, file.uri, file.name, file.scene, file.strips, file.error)
+        for number, file in enumerate(files)
     ]
-    return np.stack([np.asarray(band) for band in bands], axis=-1)
+    recipe = ProductRecipe(
+        legend,
+        config.ground_sample_distance_m,
+        job.embedder.patch_size,
+        Limits(config.min_area_m2, config.max_hole_m2, config.ground_sample_distance_m),
+        config.guided_filter,
+    )
+    make = MakeProducts(job.artifact, job.artifact.path(STRIPS_TABLE), recipe)
+    pipeline = Pipeline(STAGE, job.artifact, SCENES_TABLE, SCENE_SCHEMA, read_scene, (make,))
+    stage.counts = run(pipeline, shards)
+    _report(job)
+    _log_pictures(job, files)
 
 
-def _span(start: int, length: int, scale: float, limit: int) -> tuple[float, float, int, int]:
-    """Source interval of a target interval, and the pixels to read for it with the resampling kernel's margin."""
-    begin, end = start * scale, min((start + length) * scale, float(limit))
-    margin = int(np.ceil(max(1.0, scale))) + 1
-    return begin, end, max(0, int(begin) - margin), min(limit, int(np.ceil(end)) + margin)
+def _described(job: Job) -> list[SceneFile]:
+    """Every file's scene, from its header; without CRS too."""
+    source = job.config.scenes
+    found = find_scene_files(source, job.cluster.resolve)
+    names = product_names([uri for uri, _ in found], source.path)
+    files = []
+    for uri, place in track(found, description="describe scenes", transient=True):
+        try:
+            scene = describe_scene(uri, place, source, may_lack_crs=True)
+            files.append(SceneFile(uri, names[uri], scene))
+        except SceneError as error:
+            files.append(SceneFile(uri, names[uri], None, error))
+    return files
+
+
+def _scored(job: Job, files: list[SceneFile]) -> list[SceneFile]:
+    """The files with their strips scored; one that cannot be read, or has no data, gets its error."""
+    tiles, patch = tiling(job.embedder, job.config.window), job.embedder.patch_size
+    shards: list[Shard] = []
+    placed = []
+    for number, file in enumerate(files):
+        first = len(shards)
+        if file.scene:
+            shards += strip_shards(number, file.scene, job.scores, tiles, patch)
+        placed.append(range(first, len(shards)))
+    if not shards:
+        return files
+    scorer = Loaded(StripScorer, (job.cluster.root, job.config.model, job.scores, job.device))
+    job.run(Pipeline(f"{STAGE}_strips", job.artifact, STRIPS_TABLE, STRIP_SCHEMA, read_strip, (scorer,)), shards)
+    rows = job.rows(STRIPS_TABLE, ["has_data", "error_reason", "error_detail"]).to_pylist()
+    return [_with_strips(file, strips, rows) for file, strips in zip(files, placed, strict=True)]
+
+
+def _with_strips(file: SceneFile, strips: range, rows: list[dict[str, Any]]) -> SceneFile:
+    error = file.error
+    if file.scene:
+        own = [rows[index] for index in strips]
+        failed = next((row for row in own if row["error_reason"] is not None), None)
+        if failed:
+            error = SceneError(failed["error_reason"], failed["error_detail"])
+        elif not any(row["has_data"] for row in own):
+            error = SceneError("no_data", f"{file.uri}: every pixel is nodata")
+    return SceneFile(file.uri, file.name, file.scene, error, strips)
+
+
+def _legend(job: Job) -> Legend:
+    config = job.config
+    names = tuple(item.name for item in config.classes)
+    legend = (tuple(config.prompts), tuple(config.class_of_prompt), names, config.model, job.embedder.model_hash)
+    return Legend(*legend, _thresholds(job))
+
+
+def _thresholds(job: Job) -> tuple[float, ...] | None:
+    """By how much each class must beat the background; fitted on chips and written down, if the recipe asks."""
+    calibration, classes = job.config.calibration, job.config.classes
+    if calibration is None:
+        return None
+    words = Words(tuple(tuple(item.words or [item.name]) for item in classes))
+    arguments = (job.cluster.root, job.config.model, job.scores, job.config.class_of_prompt, job.device)
+    scorer, read = Loaded(ImageScorer, arguments), ReadImages(job.cluster.root, calibration, words)
+    pipeline = Pipeline(f"{STAGE}_images", job.artifact, IMAGES_TABLE, MARGIN_SCHEMA, read, (scorer,))
+    job.run(pipeline, calibration_shards(job.cluster.root, calibration))
+    found = thresholds(job.rows(IMAGES_TABLE, ["named", "margins"]), [item.name for item in classes], calibration)
+    storage.write_json(job.artifact.path(THRESHOLDS_FILE), found)
+    job.stage.log({f"calibration_f1/{_plain(item['name'])}": item["f1"] for item in found})
+    return tuple(item["threshold"] for item in found)
+
+
+def _report(job: Job) -> None:
+    """counts.csv (scene, class, regions, area, its unit) and the totals of each class in the manifest."""
+    lines, totals = io.StringIO(), {item.name: 0 for item in job.config.classes}
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["scene", "class", "regions", "area", "area_unit"])
+    for row in job.rows(SCENES_TABLE, ["name", "area_unit", "classes"]).to_pylist():
+        for item in row["classes"]:
+            writer.writerow([row["name"], item["name"], item["regions"], item["area"], row["area_unit"]])
+            totals[item["name"]] += item["regions"]
+    storage.write_bytes(job.artifact.path(COUNTS_FILE), lines.getvalue().encode())
+    job.stage.counts |= {"regions": {_plain(name): number for name, number in totals.items()}}
+    job.stage.log({"regions": sum(totals.values())})
+
+
+def _plain(name: str) -> str:
+    """A class's name as MLflow takes it in the name of a metric."""
+    return re.sub(r"[^\w.\- ]", "_", name)
+
+
+def _log_pictures(job: Job, files: list[SceneFile]) -> None:
+    kept = set(job.rows(SCENES_TABLE, ["name"])["name"].to_pylist())
+    names = [item.name for item in job.config.classes]
+    with rasterio.Env(**dict[str, Any](storage.gdal_options())):
+        for file in [file for file in files if file.name in kept][:MAX_PICTURES]:
+            assert file.scene is not None, "a scene that was kept"
+            reader, _ = resampled(file.scene, job.config.ground_sample_distance_m)
+            mask = storage.gdal_path(job.artifact.path(f"{file.name}_mask.tif"))
+            job.stage.run.log_picture(mask_overlay(reader, mask, names), f"{file.name}.png")

@@ -57,13 +57,10 @@ class SceneReader:
     read_valid: Callable[[int, int, int, int], np.ndarray] | None = None
     first_px: tuple[int, int] = (0, 0)
 
-    def patch_rows(self, patch_size_px: int) -> int:
-        """Rows of the grid of patches that covers the scene."""
-        return -(-(self.first_px[0] % patch_size_px + self.height_px) // patch_size_px)
 
-    def patch_columns(self, patch_size_px: int) -> int:
-        """Columns of the grid of patches that covers the scene."""
-        return -(-(self.first_px[1] % patch_size_px + self.width_px) // patch_size_px)
+def patches_along(first_px: int, length_px: int, patch_size_px: int) -> int:
+    """Patches of the ground grid that cover an axis of a scene whose first pixel is `first_px` of that grid."""
+    return -(-(first_px % patch_size_px + length_px) // patch_size_px)
 
 
 @dataclass(frozen=True)
@@ -121,19 +118,16 @@ def score_strips(
     which get NaN. With an encoder whose patches do not look beyond themselves, the result is that of one tile
     over everything.
     """
-    patch = encoder.patch_size_px
-    if min(scene.height_px, scene.width_px, patch) < 1:
-        raise ValueError(f"a scene needs pixels, got {scene.height_px} x {scene.width_px} in patches of {patch}")
+    patch, sizes_px = encoder.patch_size_px, (scene.height_px, scene.width_px)
+    if min(*sizes_px, patch) < 1:
+        raise ValueError(f"a scene needs pixels, got {sizes_px} in patches of {patch}")
     windows = _windows(tiling, narrower)
-    rows, columns = scene.patch_rows(patch), scene.patch_columns(patch)
-    first_row, end_row = patch_rows or (0, rows)
-    tile_patches = tiling.tile_patches
-    row_starts = _tile_starts(rows, tiling, scene.first_px[0] // patch)
-    row_starts = [row for row in row_starts if row < end_row and row + tile_patches > first_row]
+    rows, columns = (patches_along(*axis, patch) for axis in zip(scene.first_px, sizes_px, strict=True))
     column_starts = _tile_starts(columns, tiling, scene.first_px[1] // patch)
-    weights_HW = torch.zeros(min(tile_patches, rows), columns)
+    weights_HW = torch.zeros(min(tiling.tile_patches, rows), columns)
     sums_CHW = torch.zeros(len(windows) * len(texts_CE), *weights_HW.shape)
-    for row, next_row in zip(row_starts, [*row_starts[1:], min(rows, row_starts[-1] + tile_patches)], strict=True):
+    wanted = patch_rows or (0, rows)
+    for row, done in _needed_rows(rows, scene.first_px[0] // patch, tiling, wanted):
         for first in range(0, len(column_starts), tiling.batch_tiles):
             starts = column_starts[first : first + tiling.batch_tiles]
             tiles = list(_read_tiles(scene, row, starts, tiling, patch))
@@ -143,14 +137,30 @@ def score_strips(
                 inside = slice(column, column + tile_HW.shape[1])
                 sums_CHW[:, :, inside] += maps_CHW * tile_HW
                 weights_HW[:, inside] += tile_HW
-        done, wanted = next_row - row, slice(max(first_row - row, 0), end_row - row)
-        missing_HW = weights_HW[:done] == 0
-        strip_CHW = sums_CHW[:, :done] / weights_HW[:done].masked_fill(missing_HW, 1.0)
-        strip_CHW = strip_CHW.masked_fill(missing_HW, torch.nan)[:, wanted]
-        if strip_CHW.shape[1]:
-            yield Strip(row + wanted.start, strip_CHW)
-        sums_CHW = torch.cat([sums_CHW[:, done:], torch.zeros_like(sums_CHW[:, :done])], dim=1)
-        weights_HW = torch.cat([weights_HW[done:], torch.zeros_like(weights_HW[:done])])
+        if row + done > wanted[0]:
+            yield _blended(row, sums_CHW[:, :done], weights_HW[:done], wanted)
+        sums_CHW, weights_HW = (_moved_up(rows_of, done) for rows_of in (sums_CHW, weights_HW))
+
+
+def _needed_rows(rows: int, first_patch: int, tiling: Tiling, wanted: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Rows of tiles that reach the wanted rows of patches, and how many rows no later tile reaches."""
+    every_start = _tile_starts(rows, tiling, first_patch)
+    starts = [row for row in every_start if row < wanted[1] and row + tiling.tile_patches > wanted[0]]
+    ends = [*starts[1:], min(rows, starts[-1] + tiling.tile_patches)]
+    return ((row, end - row) for row, end in zip(starts, ends, strict=True))
+
+
+def _moved_up(rows_of: torch.Tensor, done: int) -> torch.Tensor:
+    """The rows below the `done` first ones (on the last axis but one), and as many of zeros."""
+    return torch.cat([rows_of[..., done:, :], torch.zeros_like(rows_of[..., :done, :])], dim=-2)
+
+
+def _blended(row: int, sums_CHW: torch.Tensor, weights_HW: torch.Tensor, wanted: tuple[int, int]) -> Strip:
+    """The mean of the tiles, NaN where none had data; the wanted rows of it."""
+    missing_HW = weights_HW == 0
+    strip_CHW = (sums_CHW / weights_HW.masked_fill(missing_HW, 1.0)).masked_fill(missing_HW, torch.nan)
+    first = max(wanted[0] - row, 0)
+    return Strip(row + first, strip_CHW[:, first : wanted[1] - row])
 
 
 def _windows(tiling: Tiling, narrower: Sequence[int]) -> tuple[int, ...]:

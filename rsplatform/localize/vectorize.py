@@ -1,139 +1,97 @@
-"""Score maps to files that a GIS opens: a score COG, a mask COG and polygons with their true area.
+"""Regions of a mask to objects on the ground, and to the vector files that a GIS opens.
 
-In: strips of scores at pixel size, the scene's grid, what the prompts mean. Out: files on the local disk,
-each written under another name and renamed when complete, so a half-written one is never seen. It decides by
-`decide.py` only.
-Shapes: P prompts, HxW pixels.
+In: regions in pixels, the scene's grid, what the prompts mean. Out: GeoJSON, GeoPackage and FlatGeobuf on the local
+disk, in longitude and latitude (EPSG:4326), each renamed when complete. It decides nothing but which regions are too
+small and which holes are filled.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import geopandas
 import numpy as np
-import rasterio
-import rasterio.shutil
+import pandas
+import pyogrio
 import shapely
 import shapely.geometry
-from affine import Affine
 from pyproj import Geod
-from rasterio.features import geometry_mask, shapes
-from rasterio.io import DatasetReader, DatasetWriter
 
 from rsplatform.geo import Grid, to_lonlat
-from rsplatform.localize.decide import BACKGROUND, NO_DATA, label_pixels
-from rsplatform.localize.scene import Strip
+from rsplatform.localize.legend import Legend
+from rsplatform.localize.rasters import replacing
+from rsplatform.localize.regions import Region
 
-ROWS_AT_A_TIME = 512
 # Straight edges bend on the ellipsoid; for the area they are cut into pieces of at most this many pixels.
 EDGE_PIXELS = 32
+PIXELS_SAID = "pixel (column, row): the scene has no CRS"
+# A GeoPackage holds the time of its writing; with a fixed one the same regions give the same bytes.
+WRITTEN = "1970-01-01T00:00:00.000Z"
 
 
 @dataclass(frozen=True)
-class Legend:
-    """What the bands of a score map mean and which model made them: written into every file."""
+class Limits:
+    """Regions below `min_area_m2` are left out, holes up to `max_hole_m2` filled unless they hold another region.
 
-    prompts: tuple[str, ...]
-    class_of_prompt: tuple[int, ...]
-    model_hash: str
-
-    def tags(self) -> dict[str, str]:
-        """As metadata of a raster."""
-        return {
-            "prompts": json.dumps(self.prompts, ensure_ascii=False),
-            "class_of_prompt": json.dumps(self.class_of_prompt),
-            "model_hash": self.model_hash,
-        }
-
-
-def write_scores(path: Path, grid: Grid, strips: Iterable[Strip], legend: Legend) -> None:
-    """Score COG: float32, one band a prompt, NaN for no data; memory holds one strip.
-
-    A grid with an empty `crs` is written without one. Raises ValueError if the strips do not fill the grid in
-    order.
+    `pixel_size_m` is what a pixel is taken for where no CRS tells, for these limits only.
     """
-    profile = {"count": len(legend.prompts), "dtype": "float32", "nodata": float("nan")}
-    with _raster_to_cog(path, grid, profile, "AVERAGE") as raster:
-        next_row = 0
-        for strip in strips:
-            expected = (len(legend.prompts), strip.maps_CHW.shape[1], grid.width)
-            if strip.row != next_row or tuple(strip.maps_CHW.shape) != expected:
-                raise ValueError(
-                    f"strip at row {strip.row} of {tuple(strip.maps_CHW.shape)} where row {next_row} of {expected} fits"
-                )
-            next_row += expected[1]
-            raster.write(strip.maps_CHW.numpy(), window=((strip.row, next_row), (0, grid.width)))
-        if next_row != grid.height:
-            raise ValueError(f"strips fill {next_row} of {grid.height} rows")
-        raster.update_tags(**legend.tags())
-        for band, prompt in enumerate(legend.prompts, start=1):
-            raster.set_band_description(band, prompt)
+
+    min_area_m2: float = 0.0
+    max_hole_m2: float = 0.0
+    pixel_size_m: float = 1.0
 
 
-def write_mask(path: Path, score_path: Path, grid: Grid, legend: Legend) -> None:
-    """Mask COG: uint8 class ids decided from the score COG, 255 for no data."""
-    profile = {"count": 1, "dtype": "uint8", "nodata": NO_DATA}
-    with (
-        rasterio.open(score_path, driver="GTiff") as scores,
-        _raster_to_cog(path, grid, profile, "NEAREST") as raster,
-    ):
-        for row in range(0, grid.height, ROWS_AT_A_TIME):
-            window = ((row, min(row + ROWS_AT_A_TIME, grid.height)), (0, grid.width))
-            raster.write(label_pixels(scores.read(window=window), legend.class_of_prompt), 1, window=window)
-        raster.update_tags(**legend.tags())
+@dataclass(frozen=True)
+class Found:
+    """A region on the ground: its polygon, box (the region's extent along the scene's rows and columns) and a point.
 
-
-def write_polygons(path: Path, mask_path: Path, score_path: Path, legend: Legend, min_area_m2: float = 0.0) -> int:
-    """GeoJSON (EPSG:4326) of the connected regions of every class but background; returns how many.
-
-    Properties: class_id, prompt (the class's best one there), score (mean of the class's best prompt over the
-    region), area_m2 (geodesic, on WGS 84), model_hash. Regions below `min_area_m2` are left out. A mask
-    without CRS gives pixel coordinates (column, row) and area_px instead of area_m2, and the file says so;
-    then `min_area_m2` must be 0, else ValueError.
+    Coordinates are (lon, lat), or pixels (column, row) in a scene without CRS; then `area` is in pixels, else in m²,
+    geodesic on WGS 84. The point lies inside the region. `box_px` is (left, top, right, bottom).
     """
-    with (
-        rasterio.open(mask_path, driver="GTiff") as mask,
-        rasterio.open(score_path, driver="GTiff") as scores,
-    ):
-        if mask.crs is None and min_area_m2 > 0:
-            raise ValueError(f"{mask_path} has no CRS, so min_area_m2 = {min_area_m2} means nothing; set it to 0")
-        features = list(_features(mask, scores, legend, min_area_m2))
-        frame = {} if mask.crs else {"coordinates": "pixel (column, row): the scene has no CRS"}
-    collection = {"type": "FeatureCollection", **frame, "features": features}
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(collection, ensure_ascii=False), encoding="utf-8")
-    return len(features)
+
+    region: Region
+    polygon: shapely.Polygon
+    box: shapely.Polygon
+    point: shapely.Point
+    box_px: tuple[int, int, int, int]
+    area: float
 
 
-def _features(
-    mask: DatasetReader, scores: DatasetReader, legend: Legend, min_area_m2: float
-) -> Iterator[dict[str, Any]]:
-    # In pixel coordinates, because regions are scored on the raster's own grid; the uint8 mask is read whole.
-    for outline, value in shapes(mask.read(1), connectivity=4):
-        class_id = int(value)
-        if class_id in (BACKGROUND, NO_DATA):
-            continue
-        exterior, *holes = outline["coordinates"]
-        region_px = shapely.Polygon(exterior, holes)
-        polygon, area = region_px, {"area_px": int(region_px.area)}
-        if mask.crs:
-            polygon = _in_lonlat(region_px, mask)
-            area_m2 = geodesic_area_m2(_in_lonlat(region_px, mask, EDGE_PIXELS))
-            area = {"area_m2": round(area_m2, 3)}
-            if area_m2 < min_area_m2:
-                continue
-        prompt, score = _region_score(region_px, class_id, scores, legend)
-        named = {"class_id": class_id, "prompt": prompt, "score": round(score, 6)}
-        yield {
-            "type": "Feature",
-            "geometry": shapely.geometry.mapping(shapely.geometry.polygon.orient(polygon)),
-            "properties": named | area | {"model_hash": legend.model_hash},
-        }
+def find_objects(regions: Sequence[Region], grid: Grid, limits: Limits) -> list[Found]:
+    """The regions that are large enough, small holes filled, on the ground; in the order given."""
+    pixel_m2 = math.prod(grid.pixel_size_m()) if grid.crs else limits.pixel_size_m**2
+    # a pixel's area differs within a scene, by less than this factor: the small ones need no geodesic
+    large = [region for region in regions if region.num_pixels * pixel_m2 * 4 >= limits.min_area_m2]
+    areas_m2 = [_area_m2(region.outline_px, grid, limits) for region in large]
+    kept = [region for region, area_m2 in zip(large, areas_m2, strict=True) if area_m2 >= limits.min_area_m2]
+    tree = shapely.STRtree([region.outline_px for region in kept])
+    return [_found(replace(region, outline_px=_filled(region, kept, tree, grid, limits)), grid) for region in kept]
+
+
+def _filled(
+    region: Region, others: Sequence[Region], tree: shapely.STRtree, grid: Grid, limits: Limits
+) -> shapely.Polygon:
+    """The outline without its small holes; a hole that holds a kept region of another class stays one."""
+    outline = region.outline_px
+    if limits.max_hole_m2 == 0 or not outline.interiors:
+        return outline
+    rest = []
+    for ring in outline.interiors:
+        hole = shapely.Polygon(ring)
+        taken = any(others[index].class_id != region.class_id for index in tree.query(hole, predicate="covers"))
+        if taken or _area_m2(hole, grid, limits) > limits.max_hole_m2:
+            rest.append(ring)
+    return shapely.Polygon(outline.exterior, rest)
+
+
+def _area_m2(outline_px: shapely.Polygon, grid: Grid, limits: Limits) -> float:
+    if not grid.crs:
+        return outline_px.area * limits.pixel_size_m**2
+    return geodesic_area_m2(_in_lonlat(outline_px, grid, EDGE_PIXELS))
 
 
 def geodesic_area_m2(polygon_lonlat: shapely.Polygon) -> float:
@@ -142,63 +100,113 @@ def geodesic_area_m2(polygon_lonlat: shapely.Polygon) -> float:
     return abs(Geod(ellps="WGS84").geometry_area_perimeter(oriented)[0])
 
 
-def _in_lonlat(
-    region_px: shapely.Polygon, mask: DatasetReader, longest_edge_px: float | None = None
-) -> shapely.Polygon:
-    transformer = to_lonlat(mask.crs.to_wkt())
+def _found(region: Region, grid: Grid) -> Found:
+    outline = region.outline_px
+    left, top, right, bottom = (int(edge) for edge in outline.bounds)
+    box, point = shapely.box(left, top, right, bottom), outline.point_on_surface()
+    polygon, area = outline, outline.area
+    if grid.crs:
+        area = geodesic_area_m2(_in_lonlat(outline, grid, EDGE_PIXELS))
+        polygon, box = _in_lonlat(outline, grid), _in_lonlat(box, grid)
+        point = shapely.Point(grid.lonlat(point.y, point.x))
+    oriented = shapely.geometry.polygon.orient(polygon)
+    return Found(region, oriented, shapely.geometry.polygon.orient(box), point, (left, top, right, bottom), area)
+
+
+def _in_lonlat(polygon_px: shapely.Polygon, grid: Grid, longest_edge_px: float | None = None) -> shapely.Polygon:
+    transformer = to_lonlat(grid.crs)
 
     def ring(ring_px: shapely.LinearRing) -> np.ndarray:
         cut = shapely.segmentize(ring_px, longest_edge_px) if longest_edge_px else ring_px
-        x, y = mask.transform @ tuple(shapely.get_coordinates(cut).T)
+        x, y = grid.affine @ tuple(shapely.get_coordinates(cut).T)
         return np.stack(transformer.transform(x, y), axis=1)
 
-    return shapely.Polygon(ring(region_px.exterior), [ring(hole) for hole in region_px.interiors])
+    return shapely.Polygon(ring(polygon_px.exterior), [ring(hole) for hole in polygon_px.interiors])
 
 
-def _region_score(
-    region_px: shapely.Polygon, class_id: int, scores: DatasetReader, legend: Legend
-) -> tuple[str, float]:
-    left, top, right, bottom = (int(edge) for edge in region_px.bounds)
-    window = ((top, bottom), (left, right))
-    bands = [band for band, owner in enumerate(legend.class_of_prompt, start=1) if owner == class_id]
-    inside_HW = geometry_mask([region_px], (bottom - top, right - left), Affine.translation(left, top), invert=True)
-    scores_PN = scores.read(bands, window=window)[:, inside_HW]
-    best_prompt = legend.prompts[bands[int(scores_PN.mean(axis=1).argmax())] - 1]
-    return best_prompt, float(scores_PN.max(axis=0).mean())
+def properties(found: Found, legend: Legend, grid: Grid) -> dict[str, Any]:
+    """What every file says of a region; area_px in place of area_m2 where the scene has no CRS."""
+    region = found.region
+    area = {"area_m2": round(found.area, 3)} if grid.crs else {"area_px": int(found.area)}
+    return {
+        "class_id": region.class_id,
+        "class": legend.class_names[region.class_id - 1],
+        "prompt": region.prompt,
+        "score": round(region.score, 6),
+        **area,
+        "model": legend.model,
+        "model_hash": legend.model_hash,
+    }
 
 
-@contextmanager
-def _raster_to_cog(
-    path: Path, grid: Grid, profile: dict[str, Any], overview_resampling: str
-) -> Iterator[DatasetWriter]:
-    """A plain GeoTIFF to write rows into; turned into a COG at `path` if the block ends well.
+def write_polygons(path: Path, objects: Sequence[Found], legend: Legend, grid: Grid) -> None:
+    """GeoJSON of the outlines; in pixels, as the file says, if the scene has no CRS."""
+    pairs = [(found.polygon, properties(found, legend, grid)) for found in objects]
+    _write_geojson(path, pairs, grid)
 
-    The COG driver itself would keep the whole raster in memory while it is written.
+
+def write_boxes(path: Path, objects: Sequence[Found], legend: Legend, grid: Grid) -> None:
+    """GeoJSON of the boxes, each with its region's point and its place in pixels of the mask among the properties."""
+    pairs = []
+    for found in objects:
+        left, top, right, bottom = found.box_px
+        place = {"row_px": top, "column_px": left, "height_px": bottom - top, "width_px": right - left}
+        axes = ("point_lon", "point_lat") if grid.crs else ("point_column_px", "point_row_px")
+        point = dict(zip(axes, (found.point.x, found.point.y), strict=True))
+        pairs.append((found.box, properties(found, legend, grid) | point | place))
+    _write_geojson(path, pairs, grid)
+
+
+def _write_geojson(path: Path, pairs: list[tuple[shapely.Polygon, dict[str, Any]]], grid: Grid) -> None:
+    features = [
+        {"type": "Feature", "geometry": shapely.geometry.mapping(shape), "properties": values}
+        | {"bbox": list(shape.bounds)}
+        for shape, values in pairs
+    ]
+    said = {} if grid.crs else {"coordinates": PIXELS_SAID}
+    collection = {"type": "FeatureCollection", **said, "features": features}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(collection, ensure_ascii=False), encoding="utf-8")
+
+
+def write_vector_file(path: Path, objects: Sequence[Found], legend: Legend, grid: Grid) -> None:
+    """GeoPackage (.gpkg: layers regions, boxes and points) or FlatGeobuf (.fgb: regions), by the ending of `path`.
+
+    The columns are those of the GeoJSON. Without a CRS coordinates are pixels, and the layers' description says so.
+
+    Raises:
+        ValueError: another ending.
     """
-    with _replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        plain = Path(folder) / "plain.tif"
-        with rasterio.open(
-            plain,
-            "w",
-            driver="GTiff",
-            width=grid.width,
-            height=grid.height,
-            crs=grid.crs or None,
-            transform=grid.affine,
-            bigtiff="IF_SAFER",
-            **profile,
-        ) as raster:
-            yield raster
-        options = {"compress": "DEFLATE", "predictor": "YES", "overview_resampling": overview_resampling}
-        rasterio.shutil.copy(plain, temporary, driver="COG", bigtiff="IF_SAFER", **options)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed over it if the block ends well, removed if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    layers = {
+        "regions": ("Polygon", [found.polygon for found in objects]),
+        "boxes": ("Polygon", [found.box for found in objects]),
+        "points": ("Point", [found.point for found in objects]),
+    }
+    drivers = {".gpkg": ("GPKG", list(layers)), ".fgb": ("FlatGeobuf", ["regions"])}
+    if path.suffix not in drivers:
+        raise ValueError(f"{path}: vector files end in {' or '.join(drivers)}")
+    driver, names = drivers[path.suffix]
+    table = _table(objects, legend, grid)
+    said: dict[str, Any] = {} if grid.crs else {"DESCRIPTION": PIXELS_SAID}
+    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": WRITTEN})
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            for name in names:
+                geometry_type, shapes = layers[name]
+                crs = "EPSG:4326" if grid.crs else None
+                frame = geopandas.GeoDataFrame(table, geometry=geopandas.GeoSeries(shapes, crs=crs), crs=crs)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "'crs' was not provided")  # the file says why
+                    pyogrio.write_dataframe(
+                        frame, temporary, layer=name, driver=driver, geometry_type=geometry_type, layer_options=said
+                    )
     finally:
-        temporary.unlink(missing_ok=True)
+        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": None})
+
+
+def _table(objects: Sequence[Found], legend: Legend, grid: Grid) -> pandas.DataFrame:
+    kinds = {"class_id": "int64", "class": "str", "prompt": "str", "score": "float64"}
+    kinds |= {"area_m2": "float64"} if grid.crs else {"area_px": "int64"}
+    kinds |= {"model": "str", "model_hash": "str"}
+    rows = [properties(found, legend, grid) for found in objects]
+    return pandas.DataFrame(rows, columns=list(kinds)).astype(kinds)

@@ -19,7 +19,7 @@ import rasterio.errors
 import rioxarray
 import xarray
 from pydantic import Field, field_validator
-from rasterio.enums import Resampling
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.vrt import WarpedVRT
 
 from rsplatform import storage
@@ -132,8 +132,11 @@ def find_scene_files(source: SceneSource, resolve: Callable[[str], str]) -> list
     return [(f"{source.path.rstrip('/')}/{name}", f"{place.rstrip('/')}/{name}") for name in names]
 
 
-def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
+def describe_scene(uri: str, place: str, source: SceneSource, *, may_lack_crs: bool = False) -> Scene:
     """Read the header of one file, and of one that is not 8-bit a sample of its pixels.
+
+    With `may_lack_crs` a file without CRS or geotransform is a scene whose grid has an empty `crs` and whose
+    coordinates are pixels (column, row).
 
     Raises:
         SceneError: reason unreadable (missing, damaged, not a GeoTIFF) | no_crs | unusable_crs | not_georeferenced |
@@ -143,10 +146,8 @@ def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
     try:
         options: dict[str, Any] = dict(storage.gdal_options())
         with rasterio.Env(**options), rasterio.open(storage.gdal_path(place), driver=DRIVER) as dataset:
-            _check(dataset, source.bands)
-            transform = tuple(dataset.transform)[:6]
-            grid = Grid(dataset.crs.to_wkt(), transform, dataset.width, dataset.height)
-            grid.check_on_earth()
+            grid = (_unplaced(dataset) if may_lack_crs else None) or _placed(dataset)
+            _check_pixels(dataset, source.bands)
             datetime = _datetime(dataset, scene_id, source.dates)
             visit = describe_visit(dataset, place, source.bands)
     except rasterio.errors.RasterioError as error:
@@ -159,11 +160,30 @@ def describe_scene(uri: str, place: str, source: SceneSource) -> Scene:
     return Scene(scene_id, uri, grid, datetime, source.attribution, (visit,), **overrides)
 
 
-def _check(dataset: Any, bands: tuple[int, ...]) -> None:
+def _placed(dataset: Any) -> Grid:
     if dataset.crs is None:
         raise SceneError("no_crs", f"{dataset.name}: no coordinate reference system; set one with gdal_edit.py -a_srs")
     if dataset.transform.is_identity:
         raise SceneError("not_georeferenced", f"{dataset.name}: no geotransform")
+    grid = Grid(dataset.crs.to_wkt(), tuple(dataset.transform)[:6], dataset.width, dataset.height)
+    grid.check_on_earth()
+    return grid
+
+
+def _unplaced(dataset: Any) -> Grid | None:
+    """The grid of a file that lies nowhere: its pixels; None if it has a CRS and a geotransform.
+
+    Raises:
+        SceneError: reason no_crs, for one with a mask inside, which only a warp on the ground reads.
+    """
+    if dataset.crs is not None and not dataset.transform.is_identity:
+        return None
+    if MaskFlags.per_dataset in dataset.mask_flag_enums[0] and MaskFlags.alpha not in dataset.mask_flag_enums[0]:
+        raise SceneError("no_crs", f"{dataset.name}: has a mask, which is read only with a CRS; set one (gdal_edit.py)")
+    return Grid("", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), dataset.width, dataset.height)
+
+
+def _check_pixels(dataset: Any, bands: tuple[int, ...]) -> None:
     if dataset.count < max(bands):
         raise SceneError("too_few_bands", f"{dataset.name}: {dataset.count} bands, the recipe wants {bands}")
     if np.dtype(dataset.dtypes[0]).kind not in "uif":

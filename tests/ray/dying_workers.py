@@ -15,6 +15,8 @@ from rsplatform.curate.chip_windows import ChipWindow
 from rsplatform.curate.cut_chips import ChipRecipe, CutChips, JoinLandmarks
 from rsplatform.curate.filter_web import ReadCandidates, ScoreOverhead
 from rsplatform.index.embed import ChipEmbedder
+from rsplatform.localize.products import MakeProducts
+from rsplatform.localize.score_scenes import ScoreRecipe, StripScorer
 from rsplatform.sources.scenes import Scene
 
 
@@ -93,3 +95,24 @@ class DyingEmbedder(ChipEmbedder):
     def _columns(self, chips: pa.Table, vectors_IE: np.ndarray) -> dict[str, pa.Array]:
         self._death.meet(chips["id"].to_pylist())
         return super()._columns(chips, vectors_IE)
+
+
+class DyingStripScorer(StripScorer):
+    def __init__(self, root: str, model_ref: str, recipe: ScoreRecipe, device: str, death: Death) -> None:
+        super().__init__(root, model_ref, recipe, device)
+        self._death = death
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        scored = super().__call__(table)
+        self._death.meet(table["id"].to_pylist())
+        return scored
+
+
+@dataclass(frozen=True)
+class DyingProducer(MakeProducts):
+    death: Death
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        made = super().__call__(table)
+        self.death.meet(table["id"].to_pylist())
+        return made

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,20 @@ def test_a_bucket_that_cannot_be_looked_into_is_named(
                 storage.StorageError, match=r"^s3://b/p: bucket 'b' is not reachable \(.*; create it or"
             ):
                 look("s3://b/p")
+
+
+def test_a_file_is_copied_whole_or_not_at_all(tmp_path: Path) -> None:
+    """In pieces, whatever its size; a copy that fails leaves what was there, and no temporary file."""
+    source, target = tmp_path / "source.bin", tmp_path / "artifact" / "target.bin"
+    source.write_bytes(bytes(range(256)) * 40_000)  # more than one piece
+    assert source.stat().st_size > storage.COPY_BYTES
+    storage.write_file(str(target), source)
+    assert target.read_bytes() == source.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        storage.write_file(str(target), tmp_path / "missing.bin")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        storage.write_file(str(tmp_path / "file" / "below"), source)
+    assert target.read_bytes() == source.read_bytes() and [entry.name for entry in target.parent.iterdir()] == [
+        "target.bin"
+    ]

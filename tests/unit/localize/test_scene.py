@@ -107,6 +107,38 @@ def test_a_mosaic_equals_the_whole_away_from_its_cuts(encoder):
             torch.testing.assert_close(found[:, rows, columns], matching[:, rows, columns], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("first_px", [(0, 0), (5, 3), (1007, 26)])
+@pytest.mark.parametrize("size", [(1, 1), (83, 61), (PATCH * 8, PATCH * 20)])
+def test_a_grid_that_begins_before_the_scene_is_cut_to_it(encoder, first_px, size):
+    """The first patches reach beyond the scene: reflected there, and every pixel gets a number."""
+    tiling = Tiling(tile_patches=8, overlap_patches=4, window=3)
+    image = picture(*size)
+    scene = SceneReader(*size, reader(image).read_window, first_px=first_px)
+    before = tuple(first % PATCH for first in first_px)
+    beyond = [(lead, -(lead + length) % PATCH) for lead, length in zip(before, size, strict=True)]
+    framed = np.pad(image, (*beyond, (0, 0)), mode="reflect")
+    patches = whole(score_strips(scene, encoder, TEXTS, tiling))
+    assert tuple(patches.shape[1:]) == tuple(side // PATCH for side in framed.shape[:2])
+    expected = one_tile(encoder, framed, TEXTS, 3)
+    torch.testing.assert_close(patches, expected, atol=1e-5, rtol=0)
+    pixels = whole(upsample_strips(score_strips(scene, encoder, TEXTS, tiling), scene, PATCH))
+    stretched = upsample(expected[None], framed.shape[:2])[0]
+    cut = stretched[:, before[0] : before[0] + size[0], before[1] : before[1] + size[1]]
+    torch.testing.assert_close(pixels, cut, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first_px", [(0, 0), (1007, 26)])
+def test_rows_made_alone_are_those_of_the_whole_to_the_bit(encoder, first_px):
+    tiling = Tiling(tile_patches=8, overlap_patches=5, window=3)
+    image = picture(23 * PATCH + 1, 17 * PATCH)
+    scene = SceneReader(*image.shape[:2], reader(image).read_window, first_px=first_px)
+    expected = whole(score_strips(scene, encoder, TEXTS, tiling))
+    for first, end in ((0, 1), (0, 9), (9, 10), (10, 24), (3, 24)):
+        strips = list(score_strips(scene, encoder, TEXTS, tiling, patch_rows=(first, end)))
+        assert strips[0].row == first
+        assert torch.equal(torch.cat([strip.maps_CHW for strip in strips], dim=1), expected[:, first:end])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (83, 61), (PATCH * 8, PATCH * 20)])
 def test_pixels_of_any_size_equal_the_upsampled_whole(encoder, size):
     tiling = Tiling(tile_patches=8, overlap_patches=4, window=3)

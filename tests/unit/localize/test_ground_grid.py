@@ -1,0 +1,161 @@
+"""Maps do not depend on where a raster was cut or on its CRS: patches and tiles lie on the ground's own grid."""
+
+from pathlib import Path
+
+import bright_embedder
+import numpy as np
+import pytest
+import rasterio
+import tiny_service
+import torch
+from rasterio.enums import ColorInterp
+from rasterio.transform import Affine
+from rasterio.warp import Resampling, calculate_default_transform, reproject
+
+from rsplatform.geo import Grid
+from rsplatform.localize.decide import NO_DATA, label_pixels
+from rsplatform.localize.ground_grid import resampled, target_grid
+from rsplatform.localize.picture import encoder, tiling
+from rsplatform.localize.scene import score_strips, upsample_strips
+from rsplatform.model.embedder import Embedder
+from rsplatform.sources.scenes import SceneSource, describe_scene
+
+SIDE_PX = 256
+UTM = Affine(2.0, 0.0, 500_003.0, 0.0, -2.0, 5_500_001.0)  # not on the lines of any grid used here
+
+
+def write_scene(path: Path, image_HWC: np.ndarray, transform: Affine = UTM, crs: str = "EPSG:32632") -> Path:
+    profile = {"driver": "GTiff", "width": image_HWC.shape[1], "height": image_HWC.shape[0], "dtype": "uint8"}
+    with rasterio.open(path, "w", crs=crs, transform=transform, count=image_HWC.shape[2], **profile) as raster:
+        if image_HWC.shape[2] == 4:
+            raster.colorinterp = [*raster.colorinterp[:3], ColorInterp.alpha]
+        raster.write(np.moveaxis(image_HWC, 2, 0))
+    return path
+
+
+def blobs(height: int, width: int) -> np.ndarray:
+    """Bright and dark land of some 30 px, grey, with a little noise."""
+    generator = np.random.default_rng(3)
+    coarse = torch.from_numpy(generator.random((1, 1, height // 24, width // 24)))
+    smooth_HW = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0, 0].numpy()
+    grey_HW = np.where(smooth_HW > 0.5, 200, 60) + generator.normal(0, 10, (height, width))
+    return np.repeat(grey_HW.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def pixel_maps(path: Path, embedder: Embedder, texts_CE: torch.Tensor, distance_m: float) -> tuple[Grid, np.ndarray]:
+    scene = describe_scene(path.name, str(path), SceneSource(path=str(path)))
+    reader, grid = resampled(scene, distance_m)
+    strips = score_strips(reader, encoder(embedder, distance_m), texts_CE, tiling(embedder, 3))
+    pixels = upsample_strips(strips, reader, embedder.patch_size)
+    return grid, torch.cat([strip.maps_CHW for strip in pixels], dim=1).numpy()
+
+
+@pytest.fixture(scope="module")
+def looking_around(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    """A random model, whose patches see all of their tile: where tiles lie matters to it."""
+    root = tmp_path_factory.mktemp("root")
+    tiny_service.make_model(str(root))
+    return Embedder.load(root / tiny_service.MODEL / "model")
+
+
+@pytest.mark.parametrize("distance_m", [2.0, 2.7])
+def test_crops_and_a_mosaic_of_four_agree_with_the_whole(
+    tmp_path: Path, looking_around: Embedder, distance_m: float
+) -> None:
+    """Cut at any pixel, with and without resampling; away from the cut by one tile, which is 64 px."""
+    image = np.random.default_rng(0).integers(0, 255, (SIDE_PX, SIDE_PX + 40, 3), dtype=np.uint8)
+    texts_CE = torch.from_numpy(looking_around.embed_texts(["a stadium", "harbour and water"]))
+    grid, whole = pixel_maps(write_scene(tmp_path / "whole.tif", image), looking_around, texts_CE, distance_m)
+    half = SIDE_PX // 2
+    parts = [(0, half + 30, 0, half + 41), (0, half + 30, half - 35, None), (half - 33, None, 0, half + 41)]
+    parts += [(half - 33, None, half - 35, None), (37, 219, 51, 240)]
+    compared = 0
+    for number, (top, bottom, left, right) in enumerate(parts):
+        crop = image[top:bottom, left:right]
+        path = write_scene(tmp_path / f"{number}.tif", crop, UTM @ Affine.translation(left, top))
+        part_grid, part = pixel_maps(path, looking_around, texts_CE, distance_m)
+        column, row = ~grid.affine @ (part_grid.affine.c, part_grid.affine.f)
+        assert (column, row) == pytest.approx((round(column), round(row)), abs=1e-6)
+        there = whole[:, round(row) :, round(column) :][:, : part.shape[1], : part.shape[2]]
+        assert there.shape[1:] == (part_grid.height, part_grid.width)
+        # where the crop ends with the whole, it agrees to the border
+        edges = [0 if top == 0 else 72, 0 if left == 0 else 72, 0 if bottom is None else 72, 0 if right is None else 72]
+        rows, columns = slice(edges[0], part.shape[1] - edges[2]), slice(edges[1], part.shape[2] - edges[3])
+        np.testing.assert_allclose(part[:, rows, columns], there[:, rows, columns], atol=1e-3)
+        compared += part[0, rows, columns].size
+    assert compared > 0.25 * whole[0].size
+
+
+def test_without_resampling_crops_are_equal_to_the_bit(tmp_path: Path, looking_around: Embedder) -> None:
+    image = np.random.default_rng(1).integers(0, 255, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    texts_CE = torch.from_numpy(looking_around.embed_texts(["a stadium"]))
+    path = write_scene(tmp_path / "crop.tif", image[13:], UTM @ Affine.translation(0, 13))
+    scene = describe_scene("crop.tif", str(path), SceneSource(path=str(path)))
+    reader, grid = resampled(scene, 2.0)
+    np.testing.assert_array_equal(reader.read_window(0, 0, 30, 40), image[13:43, :40])
+    assert grid.transform == pytest.approx(tuple(UTM @ Affine.translation(0, 13))[:6])
+    _, part = pixel_maps(path, looking_around, texts_CE, 2.0)
+    _, whole = pixel_maps(write_scene(tmp_path / "whole.tif", image), looking_around, texts_CE, 2.0)
+    np.testing.assert_allclose(part[:, 72:], whole[:, 85:], atol=1e-6)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857", "EPSG:32631"])
+def test_a_reprojected_copy_gives_the_same_mask(tmp_path: Path, crs: str) -> None:
+    embedder, texts_CE = bright_embedder.bright_embedder(), bright_embedder.bright_and_dark_texts()
+    image = blobs(480, 480)
+    path = write_scene(tmp_path / "utm.tif", image)
+    masks = [(grid, label_pixels(maps, [0, 1])) for grid, maps in [pixel_maps(path, embedder, texts_CE, 2.0)]]
+    bounds = (UTM.c, UTM.f - 960, UTM.c + 960, UTM.f)
+    transform, width, height = calculate_default_transform("EPSG:32632", crs, 480, 480, *bounds)
+    copy_4HW = np.zeros((4, height, width), dtype=np.uint8)
+    source_4HW = np.concatenate([np.moveaxis(image, 2, 0), np.full((1, 480, 480), 255, np.uint8)])
+    places = {"src_transform": UTM, "src_crs": "EPSG:32632", "dst_transform": transform, "dst_crs": crs}
+    reproject(source_4HW, copy_4HW, resampling=Resampling.bilinear, **places)
+    copied = write_scene(tmp_path / "copy.tif", np.moveaxis(copy_4HW, 0, 2), transform, crs)
+    grid, maps = pixel_maps(copied, embedder, texts_CE, 2.0)
+    assert grid.ground_sample_distance_m() == pytest.approx(2.0, rel=0.02)
+    back = np.full(masks[0][1].shape, NO_DATA, dtype=np.uint8)
+    places = {"src_transform": grid.affine, "src_crs": crs, "dst_transform": masks[0][0].affine}
+    places |= {"dst_crs": "EPSG:32632", "src_nodata": NO_DATA, "dst_nodata": NO_DATA}
+    reproject(label_pixels(maps, [0, 1]), back, resampling=Resampling.nearest, **places)
+    seen = (back != NO_DATA) & (masks[0][1] != NO_DATA)
+    found, expected = back[seen] == 1, masks[0][1][seen] == 1
+    assert seen.mean() > 0.9 and 0.2 < expected.mean() < 0.8
+    assert (found & expected).sum() / (found | expected).sum() >= 0.9
+
+
+def test_the_grid_covers_the_scene_and_lies_on_the_lines_of_the_crs() -> None:
+    for angle in (0.0, 30.0):  # north-up and turned
+        transform = Affine.translation(500_003, 5_500_001) @ Affine.rotation(angle) @ Affine.scale(0.7, -0.7)
+        a, b, c, d, e, f = tuple(transform)[:6]
+        grid = Grid("EPSG:32632", (a, b, c, d, e, f), 301, 203)
+        target = target_grid(grid, 2.0)
+        lines = Affine(*target.grid.transform)
+        step_x, step_y = np.hypot(lines.a, lines.d), np.hypot(lines.b, lines.e)
+        assert (step_x, step_y) == pytest.approx((2.0, 2.0), rel=1e-9)
+        origin_column, origin_row = ~lines @ (0.0, 0.0)
+        assert (-origin_row, -origin_column) == pytest.approx(target.first_px, abs=1e-5)
+        for column, row in ((0, 0), (301, 0), (0, 203), (301, 203)):
+            x, y = ~lines @ (transform @ (column, row))
+            assert -1e-6 <= x <= target.grid.width + 1e-6 and -1e-6 <= y <= target.grid.height + 1e-6
+        assert target.grid.width <= 301 * 0.7 / 2 + 2 and target.grid.height <= 203 * 0.7 / 2 + 2
+
+
+@pytest.mark.parametrize("ground_sample_distance_m", [1.5, 2.0, 4.7])
+def test_windows_of_a_resampled_scene_meet_without_seams(tmp_path: Path, ground_sample_distance_m: float) -> None:
+    path = write_scene(tmp_path / "a.tif", blobs(480, 480))
+    reader, grid = resampled(describe_scene("a", str(path), SceneSource(path=str(path))), ground_sample_distance_m)
+    assert isinstance(grid, Grid)
+    whole = reader.read_window(0, 0, reader.height_px, reader.width_px).astype(int)
+    part = reader.read_window(11, 23, 40, 50).astype(int)
+    assert np.abs(part - whole[11:51, 23:73]).max() <= 1  # rounding of the box's corner to float32
+    assert grid.ground_sample_distance_m() == pytest.approx(ground_sample_distance_m, rel=0.02)
+    assert reader.read_valid is not None and reader.read_valid(0, 0, reader.height_px, reader.width_px).all()
+
+
+def test_one_pixel_is_a_scene(tmp_path: Path) -> None:
+    embedder, texts_CE = bright_embedder.bright_embedder(), bright_embedder.bright_and_dark_texts()
+    path = write_scene(tmp_path / "a.tif", np.full((1, 1, 3), 200, np.uint8))
+    for distance_m in (0.5, 2.0, 50.0):
+        _, maps = pixel_maps(path, embedder, texts_CE, distance_m)
+        assert np.isfinite(maps).all() and (label_pixels(maps, [0, 1]) == 1).all()
