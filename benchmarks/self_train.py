@@ -25,8 +25,9 @@ Row = dict[str, float]
 
 def measure(config: EvaluateConfig, model: str, cluster: Cluster) -> Row:
     """The numbers of one model under the evaluation's benchmarks, by column."""
+    name, version = model.split("/")[1:]
     made = evaluate(
-        config.model_copy(update={"model": model, "output": f"evaluation/{model.partition('/')[2]}"}), cluster
+        config.model_copy(update={"model": model, "output": f"evaluation/by_round_{name}/{version}"}), cluster
     )
     benchmarks: dict[str, dict[str, Any]] = storage.read_json(made.path("report.json"))["benchmarks"]
     row: Row = {}

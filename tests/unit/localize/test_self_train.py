@@ -297,23 +297,34 @@ class KilledError(BaseException):
     """Stands for a kill: no handler of errors is meant to catch it."""
 
 
-@pytest.mark.parametrize("write", [2, 6, 9, 12, 15, 18, 21])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "-round1/recipe.json",
+        "-round1/checkpoints/step_00000002.safetensors",
+        "-round1/checkpoints/step_00000003.safetensors",
+        "-round1/model/model.safetensors",
+        "-round1/manifest.json",
+        "v1/model/model.safetensors",
+        "v1/rounds.json",
+    ],
+)
 def test_a_course_that_dies_at_any_write_ends_as_if_it_had_not(
-    cluster: Cluster, course: SelfTrainConfig, write: int, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, course: SelfTrainConfig, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every durable write goes through one function, which ends the course the n-th time."""
+    """Every durable write goes through one function, which ends the course before that of `place`."""
     whole = self_train(course, cluster)
-    config, left, real = course.model_copy(update={"output": f"model/killed{write}/v1"}), write, storage.write_bytes
+    output = f"model/killed_{place.strip('-').replace('/', '_')}/v1"
+    config, real = course.model_copy(update={"output": output}), storage.write_bytes
 
     def dying(uri: str, data: bytes | memoryview) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
+        if uri.endswith(place):
             raise KilledError(uri)
         real(uri, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_bytes", dying)
+        patch.setattr("rsplatform.localize.self_train.CHECKPOINT_EVERY_STEPS", 1)
         with pytest.raises(KilledError):
             self_train(config, cluster)
     resumed = self_train(config, cluster)
