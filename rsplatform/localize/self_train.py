@@ -118,10 +118,7 @@ def _teach_round(config: RoundConfig, cluster: Cluster) -> Artifact:
             save_model(Path(temporary), student.model, student.tokenizer)
             storage.upload_folder(Path(temporary), stage.artifact.path("model"))
         storage.write_json(stage.artifact.path(ROUND), entry)
-        labelled = int(lesson.labels.labels_BHW.flatten(1).amax(1).ge(0).sum())
-        unlabelled = len(pictures.train) - labelled
-        dropped = {"no_patch_labelled": unlabelled} if unlabelled else {}
-        stage.counts = {"inputs": len(pictures.train), "kept": labelled, "dropped": dropped}
+        stage.counts = {"inputs": len(pictures.train), "kept": len(pictures.train), "dropped": {}}
     return stage.artifact
 
 
