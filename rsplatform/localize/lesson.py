@@ -17,7 +17,7 @@ from rsplatform.config import ConfigError, InputArtifact, StageConfig
 from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import SAMPLES_TABLE, open_table
-from rsplatform.localize.pseudo_labels import PseudoLabelRule, map_loss
+from rsplatform.localize.pseudo_labels import PseudoLabelRule, class_weights, map_loss
 from rsplatform.localize.run import Sought
 from rsplatform.localize.smooth_attention import smooth_attention
 from rsplatform.localize.teacher import TeacherLabels, teach
@@ -171,6 +171,7 @@ def lesson_loss(config: LessonConfig, embedder: Embedder, lesson: Lesson, number
     sampler = GlobalSampler(len(lesson.pictures), config.batch_size, seed)
     tokens = embedder.tokenizer.encode(lesson.prompts, embedder.model.config.text.context_length, pad_to_longest=True)
     tokens_PT = torch.from_numpy(tokens).to(embedder.device)
+    weights_C = class_weights(lesson.labels.labels_BHW, max(lesson.rule.class_of_prompt) + 1).to(embedder.device)
 
     def loss(model: Mammut, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images_BHWC, labels_BHW, distances_m = turned_batch(lesson, sampler.batch(step), (seed, step))
@@ -183,7 +184,7 @@ def lesson_loss(config: LessonConfig, embedder: Embedder, lesson: Lesson, number
         )
         raw_BPHW = (model.head(features.values_BHWD) @ texts_PE.T).movedim(-1, 1)
         labels_BHW, classes = labels_BHW.to(embedder.device), lesson.rule.class_of_prompt
-        raw, smooth = (map_loss(maps, labels_BHW, classes, temperature) for maps in (raw_BPHW, maps_BPHW))
+        raw, smooth = (map_loss(maps, labels_BHW, classes, temperature, weights_C) for maps in (raw_BPHW, maps_BPHW))
         parts = {"patch": raw.detach(), "patch_smooth": smooth.detach()}
         return config.patch_loss_weight * (raw + smooth) / 2, parts
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 IGNORED = -1
 BACKGROUND = 0
+MAX_CLASS_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,17 @@ def rule_out(maps_BPHW: torch.Tensor, rule: PseudoLabelRule, possible_BC: torch.
 
 
 def map_loss(
-    maps_BPHW: torch.Tensor, labels_BHW: torch.Tensor, class_of_prompt: Sequence[int], temperature: float
+    maps_BPHW: torch.Tensor,
+    labels_BHW: torch.Tensor,
+    class_of_prompt: Sequence[int],
+    temperature: float,
+    weights_C: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy of the labelled patches of score maps, by cosine / temperature; a scalar.
 
-    Zero, with zero gradients, if every patch is ignored. Raises ValueError for a label that no prompt stands for, or
-    unless there is a class for each of P prompts.
+    `weights_C`: how much a patch of each class counts in the mean (`class_weights`); None: all alike. Zero, with zero
+    gradients, if every patch is ignored. Raises ValueError for a label that no prompt stands for, or unless there is a
+    class for each of P prompts.
     """
     if len(class_of_prompt) != maps_BPHW.shape[1]:
         raise ValueError(f"{len(class_of_prompt)} classes for {maps_BPHW.shape[1]} prompts")
@@ -108,7 +114,20 @@ def map_loss(
     if not len(labels_N):
         return maps_BPHW.sum() * 0.0
     cosines_NP = maps_BPHW.movedim(1, -1)[labelled]
-    return F.nll_loss(class_log_probabilities(cosines_NP, class_of_prompt, temperature), labels_N)
+    return F.nll_loss(class_log_probabilities(cosines_NP, class_of_prompt, temperature), labels_N, weight=weights_C)
+
+
+def class_weights(labels_BHW: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """weights_C that make every class of a labelled set count alike, as far as 4 times the median class's patch.
+
+    Without, a class that is often confused with a commoner one vanishes: on most of its patches the other is the better
+    bet. The limit is for classes with a handful of labels, which are noise. All our defaults.
+    """
+    counts_C = torch.bincount(labels_BHW[labels_BHW != IGNORED], minlength=num_classes).float()
+    if not counts_C.any():
+        return torch.ones_like(counts_C)
+    median = counts_C[counts_C > 0].median()
+    return median / counts_C.clamp(min=float(median) / MAX_CLASS_WEIGHT)
 
 
 def class_log_probabilities(

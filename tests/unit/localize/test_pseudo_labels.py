@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsplatform.localize import pseudo_labels as module
-from rsplatform.localize.pseudo_labels import IGNORED, PseudoLabelRule, map_loss, pseudo_labels, rule_out
+from rsplatform.localize.pseudo_labels import IGNORED, PseudoLabelRule, class_weights, map_loss, pseudo_labels, rule_out
 
 LOOSE = {"balance": 1e9}
 
@@ -87,6 +87,18 @@ def test_the_loss_is_cross_entropy_over_labelled_patches_and_teaches():
     with torch.no_grad():
         better = map_loss(maps - 0.1 * maps.grad, labels, (0, 1, 2), 0.1)
     assert better < loss
+
+
+def test_classes_count_alike_whatever_their_number_of_labels():
+    labels = torch.tensor([[[0] * 8 + [1] * 2 + [2] * 4 + [IGNORED] * 2]])
+    weights = class_weights(labels, 4)
+    assert [float(weights[label]) * int((labels == label).sum()) for label in range(3)] == [4.0, 4.0, 4.0]
+    maps = torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(0))
+    by_class = [F.cross_entropy(maps.movedim(1, -1)[labels == label], labels[labels == label]) for label in range(3)]
+    torch.testing.assert_close(map_loss(maps, labels, (0, 1, 2, 3), 1.0, weights), torch.stack(by_class).mean())
+    few = torch.cat([torch.zeros(100), torch.ones(1), torch.full((100,), 2.0)]).long().view(1, 1, -1)
+    assert class_weights(few, 3).tolist() == [1.0, 4.0, 1.0]
+    assert class_weights(torch.full((1, 1, 3), IGNORED), 2).tolist() == [1.0, 1.0]
 
 
 def test_nothing_labelled_costs_nothing():

@@ -16,7 +16,7 @@ from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
 from rsplatform.evaluate.run import EvaluateConfig, evaluate
 from rsplatform.localize.lesson import Lesson, chip_pictures, lesson_loss, possible_classes, turned_batch
-from rsplatform.localize.pseudo_labels import PseudoLabelRule, map_loss
+from rsplatform.localize.pseudo_labels import PseudoLabelRule, class_weights, map_loss
 from rsplatform.localize.run import Sought
 from rsplatform.localize.self_train import SelfTrainConfig, round_ref, self_train
 from rsplatform.localize.smooth_attention import smooth_attention
@@ -158,7 +158,8 @@ def test_the_student_learns_at_the_scale_of_each_chip(tmp_path: Path) -> None:
         )
         for window in (1, 3)
     ]
-    expected = torch.stack([map_loss(maps_BPHW, labels_BHW, (0, 1), 0.1) for maps_BPHW in maps]).mean()
+    weights_C = class_weights(labels_BHW, 2)
+    expected = torch.stack([map_loss(maps_BPHW, labels_BHW, (0, 1), 0.1, weights_C) for maps_BPHW in maps]).mean()
     torch.testing.assert_close(loss([0.5, 6.0]), expected, atol=1e-5, rtol=0)
     assert (loss([6.0, 0.5]) - expected).abs() > 1e-4
 
