@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 IGNORED = -1
 BACKGROUND = 0
+MAX_CLASS_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ def pseudo_labels(maps_BPHW: torch.Tensor, rule: PseudoLabelRule) -> torch.Tenso
 
     A patch is positive for a class if its probability is above 0.7 and among the top 20 % of that class over
     all the pictures given; background if every class is below 0.3; ignored between. Then classes are
-    balanced: the most certain labels stay. Patches with NaN (no data) are ignored. Raises ValueError if P is
-    not the rule's.
+    balanced: the most certain labels stay. Patches with NaN (no data) are ignored; a prompt of -inf is ruled out
+    (`rule_out`). Raises ValueError if P is not the rule's.
     """
     if maps_BPHW.ndim != 4 or maps_BPHW.shape[1] != len(rule.class_of_prompt):
         raise ValueError(f"maps {tuple(maps_BPHW.shape)} need {len(rule.class_of_prompt)} prompts on axis 1")
     maps_NP = maps_BPHW.detach().float().movedim(1, -1).flatten(0, 2)
-    present_N = maps_NP.isfinite().all(dim=1)
+    present_N = ~maps_NP.isnan().any(dim=1)
     log_probabilities_NC = class_log_probabilities(
         maps_NP.masked_fill(~present_N[:, None], 0.0), rule.class_of_prompt, rule.temperature
     )
@@ -75,31 +76,58 @@ def pseudo_labels(maps_BPHW: torch.Tensor, rule: PseudoLabelRule) -> torch.Tenso
     return _balanced(labels_N, certainty_N, rule.balance).view(maps_BPHW[:, 0].shape)
 
 
-def patch_loss(
-    patch_embeddings_BHWE: torch.Tensor,
-    texts_PE: torch.Tensor,
-    labels_BHW: torch.Tensor,
-    temperature: float,
-    class_of_prompt: Sequence[int] | None = None,
-) -> torch.Tensor:
-    """Mean cross-entropy of the labelled patches against the texts, by cosine / temperature; a scalar.
+def rule_out(maps_BPHW: torch.Tensor, rule: PseudoLabelRule, possible_BC: torch.Tensor) -> torch.Tensor:
+    """The maps (..., B, P, H, W) with -inf for every prompt whose class is not possible in the picture.
 
-    Without `class_of_prompt`, label c means text c. Zero, with zero gradients, if every patch is ignored.
-    Raises ValueError for a label that no text stands for.
+    `possible_BC` (bool) is what is known of whole pictures; the background (class 0) is possible everywhere. Our
+    default: the published recipe names no such knowledge. Raises ValueError unless it has a column for each class.
     """
-    classes = tuple(class_of_prompt) if class_of_prompt is not None else tuple(range(len(texts_PE)))
-    if len(classes) != len(texts_PE):
-        raise ValueError(f"{len(classes)} classes for {len(texts_PE)} texts")
+    if possible_BC.shape != (maps_BPHW.shape[-4], max(rule.class_of_prompt) + 1):
+        raise ValueError(
+            f"possible_BC {tuple(possible_BC.shape)} must be ({maps_BPHW.shape[-4]}, {max(rule.class_of_prompt) + 1})"
+        )
+    owners_P = torch.tensor(rule.class_of_prompt, device=possible_BC.device)
+    possible_BP = possible_BC[:, owners_P] | (owners_P == BACKGROUND)
+    return maps_BPHW.masked_fill(~possible_BP.to(maps_BPHW.device)[:, :, None, None], -torch.inf)
+
+
+def map_loss(
+    maps_BPHW: torch.Tensor,
+    labels_BHW: torch.Tensor,
+    class_of_prompt: Sequence[int],
+    temperature: float,
+    weights_C: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy of the labelled patches of score maps, by cosine / temperature; a scalar.
+
+    `weights_C`: how much a patch of each class counts in the mean (`class_weights`); None: all alike. Zero, with zero
+    gradients, if every patch is ignored. Raises ValueError for a label that no prompt stands for, or unless there is a
+    class for each of P prompts.
+    """
+    if len(class_of_prompt) != maps_BPHW.shape[1]:
+        raise ValueError(f"{len(class_of_prompt)} classes for {maps_BPHW.shape[1]} prompts")
     labelled = labels_BHW != IGNORED
     labels_N = labels_BHW[labelled]
-    unknown = set(labels_N.unique().tolist()) - set(classes)
+    unknown = set(labels_N.unique().tolist()) - set(class_of_prompt)
     if unknown:
-        raise ValueError(f"labels {sorted(unknown)} have no text; texts stand for {sorted(set(classes))}")
+        raise ValueError(f"labels {sorted(unknown)} have no text; texts stand for {sorted(set(class_of_prompt))}")
     if not len(labels_N):
-        return patch_embeddings_BHWE.sum() * 0.0
-    embeddings_NE = F.normalize(patch_embeddings_BHWE[labelled], dim=-1)
-    cosines_NP = embeddings_NE @ F.normalize(texts_PE, dim=-1).T
-    return F.nll_loss(class_log_probabilities(cosines_NP, classes, temperature), labels_N)
+        return maps_BPHW.sum() * 0.0
+    cosines_NP = maps_BPHW.movedim(1, -1)[labelled]
+    return F.nll_loss(class_log_probabilities(cosines_NP, class_of_prompt, temperature), labels_N, weight=weights_C)
+
+
+def class_weights(labels_BHW: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """weights_C that make every class of a labelled set count alike, as far as 4 times the median class's patch.
+
+    Without, a class that is often confused with a commoner one vanishes: on most of its patches the other is the better
+    bet. The limit is for classes with a handful of labels, which are noise. All our defaults.
+    """
+    counts_C = torch.bincount(labels_BHW[labels_BHW != IGNORED], minlength=num_classes).float()
+    if not counts_C.any():
+        return torch.ones_like(counts_C)
+    median = counts_C[counts_C > 0].median()
+    return median / counts_C.clamp(min=float(median) / MAX_CLASS_WEIGHT)
 
 
 def class_log_probabilities(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsplatform.localize import pseudo_labels as module
-from rsplatform.localize.pseudo_labels import IGNORED, PseudoLabelRule, patch_loss, pseudo_labels
+from rsplatform.localize.pseudo_labels import IGNORED, PseudoLabelRule, class_weights, map_loss, pseudo_labels, rule_out
 
 LOOSE = {"balance": 1e9}
 
@@ -77,25 +77,47 @@ def test_no_way_in_for_a_mask():
 
 def test_the_loss_is_cross_entropy_over_labelled_patches_and_teaches():
     torch.manual_seed(0)
-    embeddings = torch.randn(1, 4, 4, 6, requires_grad=True)
-    texts, labels = F.normalize(torch.randn(3, 6), dim=-1), torch.randint(-1, 3, (1, 4, 4))
-    loss = patch_loss(embeddings, texts, labels, 0.1)
-    logits = F.normalize(embeddings, dim=-1) @ texts.T / 0.1
-    expected = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORED)
-    torch.testing.assert_close(loss, expected)
+    maps = torch.randn(1, 3, 4, 4, requires_grad=True)
+    labels = torch.randint(-1, 3, (1, 4, 4))
+    loss = map_loss(maps, labels, (0, 1, 2), 0.1)
+    torch.testing.assert_close(loss, F.cross_entropy(maps / 0.1, labels, ignore_index=IGNORED))
     loss.backward()
-    assert embeddings.grad is not None
-    assert embeddings.grad[labels == IGNORED].eq(0).all()
+    assert maps.grad is not None
+    assert maps.grad.movedim(1, -1)[labels == IGNORED].eq(0).all()
     with torch.no_grad():
-        better = patch_loss(embeddings - 0.1 * embeddings.grad, texts, labels, 0.1)
+        better = map_loss(maps - 0.1 * maps.grad, labels, (0, 1, 2), 0.1)
     assert better < loss
 
 
+def test_classes_count_alike_whatever_their_number_of_labels():
+    labels = torch.tensor([[[0] * 8 + [1] * 2 + [2] * 4 + [IGNORED] * 2]])
+    weights = class_weights(labels, 4)
+    assert [float(weights[label]) * int((labels == label).sum()) for label in range(3)] == [4.0, 4.0, 4.0]
+    maps = torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(0))
+    by_class = [F.cross_entropy(maps.movedim(1, -1)[labels == label], labels[labels == label]) for label in range(3)]
+    torch.testing.assert_close(map_loss(maps, labels, (0, 1, 2, 3), 1.0, weights), torch.stack(by_class).mean())
+    few = torch.cat([torch.zeros(100), torch.ones(1), torch.full((100,), 2.0)]).long().view(1, 1, -1)
+    assert class_weights(few, 3).tolist() == [1.0, 4.0, 1.0]
+    assert class_weights(torch.full((1, 1, 3), IGNORED), 2).tolist() == [1.0, 1.0]
+
+
 def test_nothing_labelled_costs_nothing():
-    embeddings = torch.randn(1, 2, 2, 6, requires_grad=True)
-    loss = patch_loss(embeddings, torch.randn(3, 6), torch.full((1, 2, 2), IGNORED), 0.1)
+    maps = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = map_loss(maps, torch.full((1, 2, 2), IGNORED), (0, 1, 2), 0.1)
     loss.backward()
-    assert loss.item() == 0 and embeddings.grad is not None and embeddings.grad.eq(0).all()
+    assert loss.item() == 0 and maps.grad is not None and maps.grad.eq(0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_class_that_is_ruled_out_gets_no_label_and_its_probability_goes_to_the_others(seed):
+    draw = torch.Generator().manual_seed(seed)
+    maps, rule = torch.randn(2, 4, 3, 4, generator=draw), PseudoLabelRule((0, 0, 1, 2), 0.5, top_share=1.0, **LOOSE)
+    possible = torch.tensor([[False, True, True], [False, True, False]])  # the background is possible all the same
+    labels = pseudo_labels(rule_out(maps, rule, possible), rule)
+    assert torch.equal(labels[0], pseudo_labels(maps[:1], rule)[0])
+    fewer = PseudoLabelRule((0, 0, 1), 0.5, top_share=1.0, **LOOSE)
+    assert torch.equal(labels[1], pseudo_labels(maps[1:, :3], fewer)[0])
 
 
 def test_bad_input_is_named():
@@ -111,4 +133,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="2 prompts on axis 1"):
         pseudo_labels(torch.zeros(1, 3, 2, 2), PseudoLabelRule((0, 1), 0.1))
     with pytest.raises(ValueError, match=r"\[5\] have no text"):
-        patch_loss(torch.zeros(1, 1, 1, 4), torch.zeros(3, 4), torch.full((1, 1, 1), 5), 0.1)
+        map_loss(torch.zeros(1, 3, 1, 1), torch.full((1, 1, 1), 5), (0, 1, 2), 0.1)
