@@ -3,11 +3,19 @@
 import itertools
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
 import pyarrow as pa
+from tiny_service import MODEL, finish, tiny_cluster
 
+from rsplatform.artifacts import Artifact
+from rsplatform.config import validate
+from rsplatform.curate.pipeline import run_plain
+from rsplatform.index.build import BuildIndexConfig, index_pipeline
+from rsplatform.index.check import check_base, check_ids
+from rsplatform.index.embed import load_embedder
 from rsplatform.index.filters import SearchFilter
 from rsplatform.index.finish import finish_index
 from rsplatform.index.store import ChipIndex
@@ -104,3 +112,16 @@ class Compared:
         order = np.argsort(-(self._unit_NE @ vector_E), kind="stable")
         allowed = (self._rows[i]["id"] for i in order if wanted is None or passes(self._rows[i], wanted))
         return list(itertools.islice(allowed, k))
+
+
+def build_plain(root: str, output: str, **sources: Any) -> tuple[ChipIndex, dict[str, Any]]:
+    """The index of some sources, built without Ray, and its counts."""
+    config = validate(BuildIndexConfig, {"output": output, "model": MODEL, "rows_per_shard": 20} | sources, "test")
+    artifact, model_hash = Artifact(root, output), load_embedder(root, MODEL).model_hash
+    check_base(config.base, config.remove_scenes, root, model_hash)
+    pipeline, shards = index_pipeline(config, tiny_cluster(root), artifact)
+    check_ids(shards, root)
+    counts = run_plain(pipeline, shards)
+    finish_index(artifact.uri, model_hash)
+    finish(root, output, counts)
+    return ChipIndex(artifact.uri, model_hash), counts

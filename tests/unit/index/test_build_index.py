@@ -8,16 +8,15 @@ import lance
 import numpy as np
 import pytest
 import shapely
+from index_rows import build_plain
 from PIL import Image
 from tiny_service import CAPTIONS, CHIPS, GSD_M, INDEX, MODEL, SCENE, finish, make_all, make_model, tiny_cluster
 
 from rsplatform.artifacts import Artifact
 from rsplatform.config import ConfigError, validate
-from rsplatform.curate.pipeline import run_plain
-from rsplatform.index.build import BuildIndexConfig, index_pipeline
-from rsplatform.index.check import check_base, check_ids
+from rsplatform.index.build import BuildIndexConfig
+from rsplatform.index.check import check_base
 from rsplatform.index.embed import load_embedder
-from rsplatform.index.finish import finish_index
 from rsplatform.index.pictures import Pictures
 from rsplatform.index.sources import SIDES, WINDOW
 from rsplatform.index.store import ChipIndex
@@ -45,22 +44,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(place)
 
 
-def build(root: str, output: str, **sources: Any) -> tuple[ChipIndex, dict[str, Any]]:
-    """The index of some sources, built without Ray, and its counts."""
-    config = validate(BuildIndexConfig, {"output": output, "model": MODEL, "rows_per_shard": 20} | sources, "test")
-    artifact, model_hash = Artifact(root, output), load_embedder(root, MODEL).model_hash
-    check_base(config.base, config.remove_scenes, root, model_hash)
-    pipeline, shards = index_pipeline(config, tiny_cluster(root), artifact)
-    check_ids(shards, root)
-    counts = run_plain(pipeline, shards)
-    finish_index(artifact.uri, model_hash)
-    finish(root, output, counts)
-    return ChipIndex(artifact.uri, model_hash), counts
-
-
 def test_chips_of_several_sizes_share_one_index(root: str) -> None:
     sizes = [{"chips": CHIPS, "captions": CAPTIONS}, {"chips": WIDE, "id_suffix": "~wide"}]
-    index, counts = build(root, "index/sizes/v1", chips=sizes)
+    index, counts = build_plain(root, "index/sizes/v1", chips=sizes)
     assert counts == {"inputs": 128, "kept": 128, "dropped": {}}
     both = index.search(index.vector(f"{SCENE}-0007"), 2)
     assert {hit.id: (hit.table, hit.row, hit.caption) for hit in both} == {
@@ -70,7 +56,7 @@ def test_chips_of_several_sizes_share_one_index(root: str) -> None:
     pictures = Pictures(root, tiny_cluster(root).resolve).read(both)
     assert pictures[0] == pictures[1] == lance.dataset(f"{root}/{CHIPS}/chips.lance").take([7])["image"][0].as_py()
     with pytest.raises(ConfigError, match=r"0000 comes twice.*id_suffix"):
-        build(root, "index/alike/v1", chips=[{"chips": CHIPS}, {"chips": WIDE}])
+        build_plain(root, "index/alike/v1", chips=[{"chips": CHIPS}, {"chips": WIDE}])
 
 
 def test_geometry_is_the_turned_outline_that_the_scenes_grid_gives(root: str) -> None:
@@ -87,7 +73,7 @@ def test_geometry_is_the_turned_outline_that_the_scenes_grid_gives(root: str) ->
 
 def test_any_folder_of_pictures_is_an_input(root: str) -> None:
     folders = [{"path": f"{root}/photos", "scene": "photos", "ground_sample_distance_m": 0.3}]
-    index, counts = build(root, "index/photos/v1", folders=folders)
+    index, counts = build_plain(root, "index/photos/v1", folders=folders)
     assert counts == {"inputs": 3, "kept": 2, "dropped": {"unreadable": 1}}
     assert read_drops(Artifact(root, "index/photos/v1"))["id"].to_pylist() == ["photos:broken.jpg"]
     hit = index.get(["photos:deep:er:blue.jpg"])["photos:deep:er:blue.jpg"]
@@ -98,24 +84,24 @@ def test_any_folder_of_pictures_is_an_input(root: str) -> None:
     embedder = load_embedder(root, MODEL)
     assert index.search(embedder.embed_images([data], [0.3])[0], 1)[0].id == hit.id
     with pytest.raises(ConfigError, match=r"folders\.0\.path: no JPEG"):
-        build(root, "index/none/v1", folders=[{"path": f"{root}/scenes", "scene": "none"}])
+        build_plain(root, "index/none/v1", folders=[{"path": f"{root}/scenes", "scene": "none"}])
 
 
 def test_an_index_grows_and_shrinks_by_its_next_version(root: str) -> None:
     """Rows that stay keep their very vectors; the next version equals the one that is built anew of what is left."""
     photos = [{"path": f"{root}/photos", "scene": "photos"}]
-    grown, counts = build(root, "index/grown/v2", base=INDEX, folders=photos)
+    grown, counts = build_plain(root, "index/grown/v2", base=INDEX, folders=photos)
     assert counts == {"inputs": 67, "kept": 66, "dropped": {"unreadable": 1}}
     base = ChipIndex(f"{root}/{INDEX}", grown.meta.model_hash)
     assert (grown.vector(f"{SCENE}-0009") == base.vector(f"{SCENE}-0009")).all()
-    without, counts = build(root, "index/grown/v3", base="index/grown/v2", remove_scenes=["town_*"])
+    without, counts = build_plain(root, "index/grown/v3", base="index/grown/v2", remove_scenes=["town_*"])
     assert counts == {"inputs": 66, "kept": 2, "dropped": {"scene_removed": 64}}
-    anew, _ = build(root, "index/anew/v1", folders=photos)
+    anew, _ = build_plain(root, "index/anew/v1", folders=photos)
     assert without.meta == anew.meta
     tables = [lance.dataset(f"{root}/index/{name}/{TABLE_PATH}").to_table() for name in ("grown/v3", "anew/v1")]
     assert tables[0].drop(UNKNOWN).equals(tables[1].drop(UNKNOWN))
     assert len(lance.dataset(f"{root}/index/grown/v2/{TABLE_PATH}").get_fragments()) == 1  # five shards, compacted
-    replaced, counts = build(
+    replaced, counts = build_plain(
         root, "index/grown/v4", base="index/grown/v2", remove_scenes=[SCENE], chips=WIDE, folders=[]
     )
     assert replaced.meta.num_rows == 66 and replaced.get([f"{SCENE}-0001"])[f"{SCENE}-0001"].table == WIDE
@@ -123,9 +109,9 @@ def test_an_index_grows_and_shrinks_by_its_next_version(root: str) -> None:
 
 def test_a_base_that_does_not_fit_is_refused(root: str) -> None:
     with pytest.raises(ConfigError, match=r"'sea_\*' matches no scene.*town_north"):
-        build(root, "index/bad/v1", base=INDEX, remove_scenes=["sea_*"])
+        build_plain(root, "index/bad/v1", base=INDEX, remove_scenes=["sea_*"])
     with pytest.raises(ConfigError, match=r"0000 comes twice.*remove_scenes"):
-        build(root, "index/bad/v1", base=INDEX, chips=CHIPS)
+        build_plain(root, "index/bad/v1", base=INDEX, chips=CHIPS)
     make_model(root, "model/other/v1", seed=1)
     other = load_embedder(root, "model/other/v1").model_hash
     with pytest.raises(ConfigError, match="built with model"):
