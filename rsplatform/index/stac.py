@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import shapely
+from shapely.geometry.base import BaseGeometry
 
 EMBEDDING = "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json"
 PROCESSING = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
@@ -58,7 +59,7 @@ ITEM_SCHEMA = pa.schema(
 class SceneFacts:
     """What an Item tells of a scene: the hull of its chips, their dates and scales (metres), and how many they are."""
 
-    hull: shapely.Geometry | None = None
+    hull: BaseGeometry | None = None
     first: datetime | None = None
     last: datetime | None = None
     finest_m: float | None = None

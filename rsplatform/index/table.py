@@ -7,6 +7,7 @@ Shapes: N rows, E embedding.
 """
 
 import math
+import mmap
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import lance
 import lancedb
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
 
@@ -30,6 +32,8 @@ VECTORS_FILE = "vectors.f16"
 ROWS_PATH = "work/rows.lance"
 META = "meta.json"
 BATCH_ROWS = 8192
+# Vectors that fit into this part of the free memory are read when they are opened, not by the first searches.
+TOUCHED_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,9 @@ class MappedVectors:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, {num_rows} × {width} vectors take {expected}")
         # copy on write: Torch wants memory that it may write to, and nobody writes
         mapped = np.memmap(path, np.float16, "c", shape=(num_rows, width))
+        if expected < psutil.virtual_memory().available * TOUCHED_FRACTION:
+            # each page that is first met in a search costs 5 µs, four milliseconds for 700 rows
+            mapped.reshape(-1)[:: mmap.PAGESIZE // 2].max()
         self.vectors_NE = torch.from_numpy(mapped)
 
 
