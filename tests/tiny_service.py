@@ -22,7 +22,7 @@ from rsplatform.curate.pipeline import run_plain
 from rsplatform.geo import Grid
 from rsplatform.index.build import BuildIndexConfig, index_pipeline
 from rsplatform.index.embed import load_embedder
-from rsplatform.index.store import finish_index
+from rsplatform.index.finish import finish_index
 from rsplatform.model.mammut import Mammut, mammut_config
 from rsplatform.model.tokenizer import Tokenizer
 from rsplatform.model.weights import save_model
@@ -68,7 +68,7 @@ def make_index(root: str) -> None:
     """The index of the model and the chips, built without Ray."""
     config = build_config()
     artifact = Artifact(root, INDEX)
-    pipeline, shards = index_pipeline(config, root, artifact)
+    pipeline, shards = index_pipeline(config, tiny_cluster(root), artifact)
     counts = run_plain(pipeline, shards)
     finish_index(artifact.uri, load_embedder(root, MODEL).model_hash, config.exact_below_rows)
     finish(root, INDEX, counts)

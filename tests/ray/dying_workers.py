@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ class DyingScorer(ScoreOverhead):
 
 
 class DyingEmbedder(ChipEmbedder):
-    def __init__(self, root: str, model_ref: str, captions_ref: str | None, death: Death) -> None:
-        super().__init__(root, model_ref, captions_ref)
+    def __init__(self, root: str, model_ref: str, captions: Mapping[str, str], death: Death) -> None:
+        super().__init__(root, model_ref, captions)
         self._death = death
 
     def _columns(self, chips: pa.Table, vectors_IE: np.ndarray) -> dict[str, pa.Array]:

@@ -15,7 +15,8 @@ from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.curate.pipeline import Loaded, run_pipeline, run_plain
 from rsplatform.index.build import build_index, index_pipeline
 from rsplatform.index.embed import load_embedder
-from rsplatform.index.store import TABLE_PATH, ChipIndex
+from rsplatform.index.store import ChipIndex
+from rsplatform.index.table import ROWS_PATH, TABLE_PATH
 from rsplatform.ledger import read_drops
 from rsplatform.runtime import ray_runtime
 
@@ -48,11 +49,12 @@ def test_index_on_ray_equals_the_plain_one(tmp_path: Path) -> None:
     artifact = build_index(build_config(), cluster)
 
     plain = Artifact(plain_root, INDEX)
-    pipeline, shards = index_pipeline(build_config(), plain_root, plain)
+    pipeline, shards = index_pipeline(build_config(), tiny_cluster(plain_root), plain)
     counts = run_plain(pipeline, shards)
     assert artifact.manifest()["counts"] == counts == {"inputs": 64, "kept": 62, "dropped": {"unreadable": 2}}
     assert {row["id"][-4:] for row in read_drops(artifact).to_pylist()} == {"0005", "0040"}
-    made, expected = (lance.dataset(item.path(TABLE_PATH)).to_table() for item in (artifact, plain))
+    made = lance.dataset(artifact.path(TABLE_PATH)).to_table()
+    expected = lance.dataset(plain.path(ROWS_PATH)).to_table()
     assert made.drop(["vector"]).equals(expected.drop(["vector"]))
     assert made["row"].to_pylist() == [row for row in range(64) if row not in {5, 40}]
 
@@ -73,13 +75,13 @@ def test_an_embedder_that_dies_changes_nothing(tmp_path: Path) -> None:
     root = str(tmp_path)
     make_artifacts(root)
     spoil_two_pictures(root)
-    plain, shards = index_pipeline(build_config(), root, Artifact(root, "index/plain/v1"))
+    plain, shards = index_pipeline(build_config(), tiny_cluster(root), Artifact(root, "index/plain/v1"))
     death = dying.Death("town_north-0025", str(tmp_path / "died"))  # in the second shard of four
-    embedder = Loaded(dying.DyingEmbedder, (root, MODEL, CAPTIONS, death))
+    embedder = Loaded(dying.DyingEmbedder, (root, MODEL, {CHIPS: CAPTIONS}, death))
     killed = replace(plain, artifact=Artifact(root, "index/killed/v1"), operations=(embedder,))
     assert run_pipeline(killed, shards, tiny_cluster(root)) == run_plain(plain, shards)
     assert (tmp_path / "died").exists()
-    made, expected = (lance.dataset(item.artifact.path(TABLE_PATH)).to_table() for item in (killed, plain))
+    made, expected = (lance.dataset(item.artifact.path(ROWS_PATH)).to_table() for item in (killed, plain))
     assert made.drop(["vector"]).equals(expected.drop(["vector"]))
     vectors = [np.stack(table["vector"].to_numpy(zero_copy_only=False)) for table in (made, expected)]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=2e-3)  # float16
