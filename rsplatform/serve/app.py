@@ -30,16 +30,20 @@ from rsplatform.config import ConfigError
 from rsplatform.index.embed import load_embedder
 from rsplatform.model.embedder import granted_device
 from rsplatform.runtime import ray_runtime
+from rsplatform.serve.localization import Look
 from rsplatform.serve.retrieval import Retrieval
 from rsplatform.serve.routes import build_app
 from rsplatform.serve.security import Guarded, check_address, key_hashes
-from rsplatform.serve.services import LocalVisionWork, Services, VisionWork
+from rsplatform.serve.services import Services
 from rsplatform.serve.tiles import Tiles
+from rsplatform.serve.vision import MAX_PICTURE_BATCH, Described, PictureModel, VisionWork
 
 APPLICATION = "rsplatform"
 MAX_TEXT_BATCH = 32
 # A text waits at most this long for others to share its forward.
 BATCH_WAIT_S = 0.002
+# A picture's forward takes longer, so that more are worth waiting for.
+PICTURE_BATCH_WAIT_S = 0.005
 # Serve caps every batch at max_ongoing_requests, whose default is 5; twice the batch keeps the next one filling.
 MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
 MAX_QUEUED_REQUESTS = 256
@@ -68,23 +72,42 @@ class Served:
 
 
 class PictureWork:
-    """One replica of the heavy work on pictures, on the device that the placement grants its replicas."""
+    """One replica of the heavy work on pictures, on the device that the placement grants its replicas.
+
+    Pictures of different requests share a forward; each call of Serve's handle brings all pictures of its request.
+    """
 
     def __init__(self, served: Served) -> None:
         _use_own_cores()
         embedder = load_embedder(served.cluster.root, served.model, served.device)
-        self.work = LocalVisionWork(embedder, served.window)
-        self.embedder = self.work.embedder
+        self.embedder = embedder
+        work = PictureModel(embedder, served.window)
 
-    async def maps(
-        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
-    ) -> list[np.ndarray]:
-        """See VisionWork."""
-        return await self.work.maps(images, queries_CE, ground_sample_distances_m)
+        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
+        async def look(looks: list[Look]) -> list[np.ndarray]:
+            return await asyncio.to_thread(work.look, looks)
 
-    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
+        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
+        async def embed(pixels: list[np.ndarray]) -> list[np.ndarray]:
+            return await asyncio.to_thread(work.embed, pixels)
+
+        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
+        async def describe(pictures: list[Described]) -> list[str]:
+            return await asyncio.to_thread(work.captions, pictures)
+
+        self._look, self._embed, self._describe = look, embed, describe
+
+    async def maps(self, looks: Sequence[Look]) -> list[np.ndarray]:
         """See VisionWork."""
-        return await self.work.caption(image, ground_sample_distance_m)
+        return list(await asyncio.gather(*(self._look(each) for each in looks)))
+
+    async def embed(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """See VisionWork."""
+        return np.stack(await asyncio.gather(*(self._embed(each) for each in pixels)))
+
+    async def caption(self, picture: Described) -> str:
+        """See VisionWork."""
+        return await self._describe(picture)
 
     async def check_health(self) -> None:
         """Encode one picture; Serve replaces a replica for which this raises or hangs."""
@@ -98,15 +121,17 @@ class RemotePictureWork:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def maps(
-        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
-    ) -> list[np.ndarray]:
+    async def maps(self, looks: Sequence[Look]) -> list[np.ndarray]:
         """See VisionWork."""
-        return await self._handle.maps.remote(list(images), queries_CE, list(ground_sample_distances_m))
+        return await self._handle.maps.remote(list(looks))
 
-    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
+    async def embed(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """See VisionWork."""
-        return await self._handle.caption.remote(image, ground_sample_distance_m)
+        return await self._handle.embed.remote(list(pixels))
+
+    async def caption(self, picture: Described) -> str:
+        """See VisionWork."""
+        return await self._handle.caption.remote(picture)
 
 
 class Gateway:

@@ -12,13 +12,8 @@ import httpx
 import numpy as np
 from pydantic import BaseModel
 
-from rsplatform.serve.api import (
-    CaptionResponse,
-    EmbedResponse,
-    Health,
-    LocalizeResponse,
-    SearchResponse,
-)
+from rsplatform.serve.api import Health, SearchResponse
+from rsplatform.serve.api_pictures import CaptionResponse, EmbedResponse, LocalizeResponse
 
 Model = TypeVar("Model", bound=BaseModel)
 Image = bytes | Path

@@ -19,16 +19,20 @@ from starlette.types import ASGIApp
 from rsplatform.serve.api import (
     ID_PATTERN,
     MAX_TEXT_CHARACTERS,
+    MAX_UNWANTED,
+    Health,
+    Problem,
+    SearchRequest,
+    SearchResponse,
+    Text,
+)
+from rsplatform.serve.api_pictures import (
     CaptionRequest,
     CaptionResponse,
     EmbedRequest,
     EmbedResponse,
-    Health,
     LocalizeRequest,
     LocalizeResponse,
-    Problem,
-    SearchRequest,
-    SearchResponse,
 )
 from rsplatform.serve.localization import heatmap_png
 from rsplatform.serve.predict import PredictRequest, PredictResponse
@@ -56,6 +60,7 @@ PICTURE = {"content": {"image/png": {}, "image/jpeg": {}}, "description": "The p
 
 ChipIdInPath = Annotated[str, PathParameter(pattern=ID_PATTERN)]
 QueryText = Annotated[str | None, Query(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+QueryTexts = Annotated[list[Text] | None, Query(max_length=MAX_UNWANTED)]
 QueryChip = Annotated[str | None, Query(pattern=ID_PATTERN)]
 
 
@@ -140,10 +145,14 @@ def _add_pictures(app: FastAPI) -> None:
 
     @app.get("/heatmaps/{chip_id}.png", response_class=Response, responses={200: PICTURE})
     async def heatmap(
-        chip_id: ChipIdInPath, services: Provided, text: QueryText = None, like: QueryChip = None
+        chip_id: ChipIdInPath,
+        services: Provided,
+        text: QueryText = None,
+        like: QueryChip = None,
+        without: QueryTexts = None,
     ) -> Response:
         """Transparent overlay of where in a chip a text is, or what resembles another chip."""
-        scores_HW = await services.heatmap(chip_id, text, like)
+        scores_HW = await services.heatmap(chip_id, text, like, without or [])
         return Response(heatmap_png(scores_HW), media_type="image/png", headers=CACHED)
 
     @app.get("/tiles/{scene}/{z}/{x}/{y}.{form}", response_class=Response, responses={200: PICTURE, 204: {}})
