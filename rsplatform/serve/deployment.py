@@ -15,13 +15,19 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import InputArtifact, StageConfig
 from rsplatform.localize.window import SmoothWindow
-from rsplatform.serve.app import Served, guard, running, stop_signal
+from rsplatform.serve.app import running, stop_signal
+from rsplatform.serve.guard import Guarded
+from rsplatform.serve.replicas import Served
+from rsplatform.serve.security import key_hashes
 from rsplatform.stage import finished, open_stage
 from rsplatform.storage import write_bytes, write_json
 
 
 class ServeConfig(StageConfig):
-    """What is served, and the limits of one request. Where it listens is the cluster file's `serve`."""
+    """What is served, and the limits of one request. Where it listens is the cluster file's `serve`.
+
+    `requests_per_minute` is each API key's, all replicas together; null: no limit.
+    """
 
     model: InputArtifact
     index: InputArtifact
@@ -30,6 +36,7 @@ class ServeConfig(StageConfig):
     max_body_bytes: int = Field(default=12 * 2**20, ge=1024)
     max_body_seconds: float = Field(default=20, gt=0)
     request_timeout_s: float = Field(default=60, gt=0)
+    requests_per_minute: float | None = Field(default=600, gt=0)
 
 
 def serve(config: ServeConfig, cluster: Cluster) -> Artifact:
@@ -50,20 +57,24 @@ def serving(config: ServeConfig, cluster: Cluster) -> Iterator[str]:
         RuntimeError: the server did not become healthy.
     """
     done = finished(config, cluster)
-    served = Served(
-        cluster=cluster,
-        model=config.model,
-        index=config.index,
-        chips=config.chips,
-        guard=guard(config.max_body_bytes, config.max_body_seconds),
-        window=config.smooth_attention_window,
-        request_timeout_s=config.request_timeout_s,
-    )
     logging.getLogger(__name__).info("starting Ray Serve with %s and %s …", config.model, config.index)
-    with running(served) as base_url:
+    with running(served_by(config, cluster)) as base_url:
         if not done:
             _record(config, cluster, base_url)
         yield base_url
+
+
+def served_by(config: ServeConfig, cluster: Cluster) -> Served:
+    """A recipe with its placement and the API keys of the environment; the rate is shared among the replicas."""
+    per_minute = config.requests_per_minute
+    guard = Guarded(
+        config.max_body_bytes,
+        config.max_body_seconds,
+        key_hashes(),
+        max_request_seconds=config.request_timeout_s,
+        requests_per_minute=per_minute and per_minute / cluster.serve.num_replicas,
+    )
+    return Served(cluster, config.model, config.index, config.chips, guard, config.smooth_attention_window)
 
 
 def _record(config: ServeConfig, cluster: Cluster, base_url: str) -> None:

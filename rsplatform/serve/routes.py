@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
+from rsplatform.serve.admission import RETRY_AFTER_S
 from rsplatform.serve.api import (
     ID_PATTERN,
     MAX_TEXT_CHARACTERS,
@@ -34,9 +35,10 @@ from rsplatform.serve.api_pictures import (
     LocalizeRequest,
     LocalizeResponse,
 )
+from rsplatform.serve.guard import Guard, Guarded, Watch
 from rsplatform.serve.localization import heatmap_png
 from rsplatform.serve.predict import PredictRequest, PredictResponse
-from rsplatform.serve.security import Guard, Guarded
+from rsplatform.serve.record import log_request
 from rsplatform.serve.services import RequestError, Services
 
 PAGES = Path(__file__).parent / "pages"
@@ -52,7 +54,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         421: "The Host is not this machine",
         422: "A field is wrong; `detail` names it",
-        503: "Overloaded or starting; try again later",
+        429: "This API key asks too often; Retry-After says when to ask again",
+        503: "Overloaded or starting; Retry-After says when to ask again",
     }.items()
 }
 CACHED = {"cache-control": "private, max-age=3600"}
@@ -74,9 +77,12 @@ def given_services(request: HttpRequest) -> Services:
 Provided = Annotated[Services, Depends(given_services)]
 
 
-def build_app(services: Services | None, limits: Guarded) -> ASGIApp:
-    """The guarded application. `services` None gives one that knows its OpenAPI but answers no request."""
-    return Guard(build_routes(services), limits)
+def build_app(services: Services | None, limits: Guarded, watch: Watch = log_request) -> ASGIApp:
+    """The guarded application. `services` None gives one that knows its OpenAPI but answers no request.
+
+    `watch` hears of every request once it is answered.
+    """
+    return Guard(build_routes(services), limits, watch)
 
 
 def build_routes(services: Services | None) -> FastAPI:
@@ -93,6 +99,7 @@ def build_routes(services: Services | None) -> FastAPI:
     app.state.services = services
     app.exception_handler(RequestError)(_request_error)
     app.exception_handler(RequestValidationError)(_validation_error)
+    app.exception_handler(Exception)(_own_error)
     _add_queries(app)
     _add_pictures(app)
     _add_pages(app)
@@ -185,8 +192,13 @@ def _maplibre_folder() -> Path:
 
 async def _request_error(_: HttpRequest, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    headers = {"retry-after": "2"} if error.status == 503 else None
+    headers = {"retry-after": str(RETRY_AFTER_S)} if error.status == 503 else None
     return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+
+
+async def _own_error(_: HttpRequest, __: Exception) -> JSONResponse:
+    """What an error of ours looks like from outside; the guard logs it, with its traceback."""
+    return JSONResponse({"detail": "an error of ours; the server's log has it under this X-Request-Id"}, 500)
 
 
 async def _validation_error(_: HttpRequest, error: Exception) -> JSONResponse:

@@ -29,6 +29,7 @@ from rsplatform.serve.localization import Look, find_peak, regions_geojson
 from rsplatform.serve.pictures import Decoding, Picture, known_m, scene_picture, sent_picture, text_mask
 from rsplatform.serve.predict import PredictRequest, PredictResponse, predictions
 from rsplatform.serve.query import Query, query_vector, read_query
+from rsplatform.serve.record import stage
 from rsplatform.serve.retrieval import Retrieval, heatmap_url, spot
 from rsplatform.serve.tiles import Tiles
 from rsplatform.serve.vision import Described, LocalVisionWork, VisionWork
@@ -60,7 +61,8 @@ class Services:
         """The k best chips; with `localize`, where in each of them."""
         read = _read(request.text, request.without)
         vector_E = await self._query_vector(read, request.image, request.chip_id)
-        hits = await asyncio.to_thread(self.retrieval.search, request, vector_E)
+        with stage("search"):
+            hits = await asyncio.to_thread(self.retrieval.search, request, vector_E)
         results = [self.retrieval.result(hit, request) for hit in hits]
         if request.localize and hits:
             spots = await self._spots(hits, vector_E)
@@ -73,7 +75,7 @@ class Services:
         picture = await self._picture_of(request)
         texts_CE = await self._encode(request.texts)
         look = Look(picture.data, texts_CE, picture.ground_sample_distance_m, as_it_is=picture.is_window)
-        return await asyncio.to_thread(self._localized, request, picture, (await self.vision.maps([look]))[0])
+        return await asyncio.to_thread(self._localized, request, picture, (await self._maps([look]))[0])
 
     def _localized(self, request: LocalizeRequest, picture: Picture, maps_CHW: np.ndarray) -> LocalizeResponse:
         place = picture.place
@@ -102,7 +104,7 @@ class Services:
         vector_E = await self._query_vector(_read(text, without), None, like)
         picture = await self._chip_picture(chip_id)
         look = Look(picture.data, vector_E[None], picture.ground_sample_distance_m)
-        return (await self.vision.maps([look]))[0][0]
+        return (await self._maps([look]))[0][0]
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         """Unit vectors of texts and pictures."""
@@ -115,7 +117,8 @@ class Services:
     async def caption(self, request: CaptionRequest) -> CaptionResponse:
         """The generative pass of the model over a picture or chip."""
         picture = await self._picture_of(request)
-        caption = await self.vision.caption(Described(picture.data, picture.ground_sample_distance_m))
+        with stage("caption"):
+            caption = await self.vision.caption(Described(picture.data, picture.ground_sample_distance_m))
         return CaptionResponse(caption=caption, model_hash=self.model_hash)
 
     async def predict(self, request: PredictRequest) -> PredictResponse:
@@ -131,7 +134,7 @@ class Services:
 
     async def tile(self, scene: str, zoom: int, x: int, y: int, form: str) -> bytes | None:
         """One map tile of a scene; None where it has no pixels."""
-        with _scene_errors(scene, wrong=404):
+        with _scene_errors(scene, wrong=404), stage("tile"):
             return await asyncio.to_thread(self.tiles.read, scene, zoom, x, y, "jpg" if form == "jpg" else "png")
 
     def stats(self) -> dict[str, Any]:
@@ -170,35 +173,44 @@ class Services:
             raise _no_chip(chip_id) from None
 
     async def _spots(self, hits: list[Hit], vector_E: np.ndarray) -> list[Spot]:
-        images = await asyncio.to_thread(self.retrieval.chip_images, hits)
+        with stage("chip_pictures"):
+            images = await asyncio.to_thread(self.retrieval.chip_images, hits)
         pairs = zip(images, hits, strict=True)
-        maps = await self.vision.maps([Look(image, vector_E[None], known_m(hit)) for image, hit in pairs])
+        maps = await self._maps([Look(image, vector_E[None], known_m(hit)) for image, hit in pairs])
         place_of = self.retrieval.catalogue.place_of
         return [spot(find_peak(m[0]), place_of(hit)) for m, hit in zip(maps, hits, strict=True)]
 
+    async def _maps(self, looks: list[Look]) -> list[np.ndarray]:
+        with stage("maps"):
+            return await self.vision.maps(looks)
+
     async def _encode(self, texts: Sequence[str]) -> np.ndarray:
         width = self.retrieval.index.meta.embedding_width
-        vectors = await asyncio.gather(*(self.encode_text(text) for text in texts))
+        with stage("encode_text"):
+            vectors = await asyncio.gather(*(self.encode_text(text) for text in texts))
         return np.stack(vectors) if vectors else np.empty((0, width), dtype=np.float32)
 
     async def _embed_images(self, images: Sequence[str]) -> np.ndarray:
         if not images:
             return np.empty((0, self.retrieval.index.meta.embedding_width), dtype=np.float32)
         try:
-            pixels = await self.decoding.run(lambda: [self.retrieval.picture(image) for image in images])
+            with stage("decode"):
+                pixels = await self.decoding.run(lambda: [self.retrieval.picture(image) for image in images])
         except ValueError as error:
             raise _bad_picture(error) from error
-        return await self.vision.embed(pixels)
+        with stage("encode_image"):
+            return await self.vision.embed(pixels)
 
     async def _picture_of(self, request: LocalizeRequest | CaptionRequest) -> Picture:
         if request.image is not None:
             image = request.image
             try:
-                return await self.decoding.run(lambda: sent_picture(image))
+                with stage("decode"):
+                    return await self.decoding.run(lambda: sent_picture(image))
             except ValueError as error:
                 raise _bad_picture(error) from error
         if isinstance(request, LocalizeRequest) and request.scene_id is not None and request.bbox is not None:
-            with _scene_errors(request.scene_id, wrong=422):
+            with _scene_errors(request.scene_id, wrong=422), stage("tile"):
                 return await self.decoding.run(
                     lambda: scene_picture(
                         self.tiles, request.scene_id or "", request.bbox or (0, 0, 0, 0), request.gsd_m
@@ -211,7 +223,8 @@ class Services:
             hit = await asyncio.to_thread(self.retrieval.chip, chip_id)
         except KeyError:
             raise _no_chip(chip_id) from None
-        data = (await asyncio.to_thread(self.retrieval.chip_images, [hit]))[0]
+        with stage("chip_pictures"):
+            data = (await asyncio.to_thread(self.retrieval.chip_images, [hit]))[0]
         return Picture(data, known_m(hit), self.retrieval.catalogue.place_of(hit))
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 from tiny_service import CHIPS, HOSTILE_CAPTION, INDEX, MODEL, SCENE, make_all, make_model, tiny_cluster
 
 from rsplatform.config import ConfigError
+from rsplatform.serve.guard import Guarded
 from rsplatform.serve.query import query_vector
 from rsplatform.serve.retrieval import Retrieval
 from rsplatform.serve.routes import build_app
-from rsplatform.serve.security import Guarded
 from rsplatform.serve.services import local_services
 
 CHIP = f"{SCENE}-0003"

@@ -1,0 +1,213 @@
+"""Ray Serve's replicas around the plain classes: two deployments and how they are bound to one application.
+
+    proxy -> Gateway (FastAPI, text encoding in batches, search) -> PictureWork (smooth attention, embeddings, captions)
+
+Text encoding and search share a replica because a hop costs more than either. Must not use postponed evaluation
+of annotations: FastAPI reads them where Serve builds the application.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import BackPressureError
+from starlette.types import ASGIApp
+
+from rsplatform.cluster import Cluster, ServePlacement
+from rsplatform.index.embed import load_embedder
+from rsplatform.model.embedder import granted_device
+from rsplatform.serve.admission import RETRY_AFTER_S
+from rsplatform.serve.guard import Guarded
+from rsplatform.serve.localization import Look
+from rsplatform.serve.metrics import RequestMetrics
+from rsplatform.serve.record import ACCESS_LOG, RequestRecord, log_request
+from rsplatform.serve.retrieval import Retrieval
+from rsplatform.serve.routes import build_app
+from rsplatform.serve.services import RequestError, Services
+from rsplatform.serve.tiles import Tiles
+from rsplatform.serve.vision import MAX_PICTURE_BATCH, Described, PictureModel, VisionWork
+
+MAX_TEXT_BATCH = 32
+# A text waits at most this long for others to share its forward.
+BATCH_WAIT_S = 0.002
+# A picture's forward takes longer, so that more are worth waiting for.
+PICTURE_BATCH_WAIT_S = 0.005
+# Serve caps every batch at max_ongoing_requests, whose default is 5; twice the batch keeps the next one filling.
+MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
+MAX_QUEUED_REQUESTS = 256
+# A replica that hangs is replaced within both together, three misses in a row.
+HEALTH_CHECK_PERIOD_S = 3
+HEALTH_CHECK_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a deployment serves, and its limits."""
+
+    cluster: Cluster
+    model: str
+    index: str
+    chips: str
+    guard: Guarded
+    window: int
+
+    @property
+    def device(self) -> str:
+        """Where replicas put the model."""
+        return granted_device(self.cluster.serve.gpus_per_replica)
+
+
+class PictureWork:
+    """One replica of the heavy work on pictures, on the device that the placement grants its replicas.
+
+    Pictures of different requests share a forward; each call of Serve's handle brings all pictures of its request.
+    """
+
+    def __init__(self, served: Served) -> None:
+        _use_own_cores()
+        embedder = load_embedder(served.cluster.root, served.model, served.device)
+        self.embedder = embedder
+        work = PictureModel(embedder, served.window)
+
+        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
+        async def look(looks: list[Look]) -> list[np.ndarray]:
+            return await asyncio.to_thread(work.look, looks)
+
+        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
+        async def embed(pixels: list[np.ndarray]) -> list[np.ndarray]:
+            return await asyncio.to_thread(work.embed, pixels)
+
+        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
+        async def describe(pictures: list[Described]) -> list[str]:
+            return await asyncio.to_thread(work.captions, pictures)
+
+        self._look, self._embed, self._describe = look, embed, describe
+
+    async def maps(self, looks: Sequence[Look]) -> list[np.ndarray]:
+        """See VisionWork."""
+        return list(await asyncio.gather(*(self._look(each) for each in looks)))
+
+    async def embed(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """See VisionWork."""
+        return np.stack(await asyncio.gather(*(self._embed(each) for each in pixels)))
+
+    async def caption(self, picture: Described) -> str:
+        """See VisionWork."""
+        return await self._describe(picture)
+
+    async def check_health(self) -> None:
+        """Encode one picture; Serve replaces a replica for which this raises or hangs."""
+        size = self.embedder.image_size
+        await asyncio.to_thread(self.embedder.embed_images, [np.zeros((size, size, 3), dtype=np.uint8)])
+
+
+class RemotePictureWork:
+    """`VisionWork` through Serve's handle to PictureWork. A replica that dies under a call is asked for once more."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def maps(self, looks: Sequence[Look]) -> list[np.ndarray]:
+        """See VisionWork."""
+        return await self._asked("maps", list(looks))
+
+    async def embed(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """See VisionWork."""
+        return await self._asked("embed", list(pixels))
+
+    async def caption(self, picture: Described) -> str:
+        """See VisionWork."""
+        return await self._asked("caption", picture)
+
+    async def _asked(self, method: str, argument: Any) -> Any:
+        for is_last in (False, True):
+            try:
+                return await getattr(self._handle, method).remote(argument)
+            except RayActorError as error:
+                if is_last:
+                    raise RequestError(503, "the replica for pictures was lost; try again") from error
+            except BackPressureError as error:
+                raise RequestError(503, "too many pictures wait; try again later") from error
+
+
+class Gateway:
+    """One replica of the HTTP application with its embedder and index."""
+
+    def __init__(self, served: Served, picture_work: Any) -> None:
+        _use_own_cores()
+        retrieval = Retrieval(served.cluster, served.model, served.index, served.chips, served.device)
+        vision: VisionWork = RemotePictureWork(picture_work)
+
+        @serve.batch(max_batch_size=MAX_TEXT_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
+        async def encode(texts: list[str]) -> list[np.ndarray]:
+            return list(await asyncio.to_thread(retrieval.embedder.embed_texts, texts))
+
+        self.services = Services(retrieval, Tiles(retrieval.catalogue), encode, vision)
+        self.guard = served.guard
+        self.metrics = RequestMetrics()
+        _log_requests()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve in the replica, after the constructor: an application with open readers is not pickled."""
+        return build_app(self.services, self.guard, self._watch)
+
+    def _watch(self, record: RequestRecord) -> None:
+        log_request(record)
+        self.metrics.add(record)
+
+    async def check_health(self) -> None:
+        """Encode one text; Serve replaces a replica for which this raises or hangs."""
+        await self.services.check()
+
+
+def _use_own_cores() -> None:
+    """One Torch thread per whole CPU of this replica: more of them than cores cost 100 × on a busy machine."""
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def build_application(served: Served) -> serve.Application:
+    """The two deployments bound together, with the resources of the cluster file."""
+    placement = served.cluster.serve
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "max_queued_requests": MAX_QUEUED_REQUESTS,
+        "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": 5,
+        **_replicas(placement),
+    }
+    pictures = serve.deployment(name="pictures", **options)(PictureWork)
+    gateway = serve.deployment(name="gateway", **options)(serve.ingress()(Gateway))
+    return gateway.bind(served, pictures.bind(served))
+
+
+def _replicas(placement: ServePlacement) -> dict[str, Any]:
+    """A number of replicas, or a range that follows the load."""
+    if placement.max_replicas is None:
+        return {"num_replicas": placement.num_replicas}
+    autoscaling = {
+        "min_replicas": placement.num_replicas,
+        "max_replicas": placement.max_replicas,
+        "target_ongoing_requests": MAX_ONGOING_REQUESTS // 4,  # one more replica well before requests queue
+    }
+    return {"autoscaling_config": autoscaling}
+
+
+def _log_requests() -> None:
+    """One line of JSON a request on the replica's stderr, which Ray keeps in its session's logs."""
+    logger = logging.getLogger(ACCESS_LOG)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
