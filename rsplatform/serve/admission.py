@@ -26,7 +26,7 @@ class RateLimit:
         now = self._now()
         left, counted = self._left.get(key, (self._capacity, now))
         left = min(self._capacity, left + (now - counted) * self._per_second)
-        taken = left >= 1
+        taken = left > 1 - 1e-6  # sums of floats: the promised wait must be enough
         self._left[key] = (left - 1 if taken else left, now)
         return 0 if taken else max(1, math.ceil((1 - left) / self._per_second))
 

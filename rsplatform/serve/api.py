@@ -153,9 +153,42 @@ class ReadAs(BaseModel):
     unwanted: list[str]
 
 
+EXAMPLE_RESULT = {
+    "chip_id": "scene_01-000042",
+    "score": 0.31,
+    "bounds_lonlat": [9.97, 53.53, 9.98, 53.54],
+    "corners_lonlat": [[9.97, 53.54], [9.98, 53.54], [9.98, 53.53], [9.97, 53.53]],
+    "scene": "scene_01",
+    "datetime": "2021-06-01T10:00:00Z",
+    "ground_sample_distance_m": 2.0,
+    "caption": "an aerial image of a harbour and water",
+    "kinds": ["harbour", "water"],
+    "thumbnail_url": "/chips/scene_01-000042.jpg",
+    "heatmap_url": "/heatmaps/scene_01-000042.png?text=harbour",
+    "spot": {
+        "score": 0.42,
+        "peak_fraction": [0.44, 0.56],
+        "box_fraction": [0.25, 0.25, 0.75, 0.75],
+        "peak_lonlat": [9.9756, 53.5356],
+        "box_lonlat": [9.9725, 53.5325, 9.9775, 53.5375],
+    },
+}
+
+
 class SearchResponse(BaseModel):
     """The k best chips, best first; fewer only where fewer meet the conditions."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "results": [EXAMPLE_RESULT],
+                    "read_as": {"wanted": ["a harbour"], "unwanted": ["a marina"]},
+                    "model_hash": "7fed784520",
+                }
+            ]
+        }
+    )
     results: list[SearchResult]
     read_as: ReadAs = Field(description="What was looked for in words, and what was not wanted")
     model_hash: str
@@ -164,9 +197,39 @@ class SearchResponse(BaseModel):
 class Health(BaseModel):
     """`status` is "ok" once the model has encoded one sample."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"status": "ok", "model_hash": "7fed784520", "num_chips": 9197}]}
+    )
     status: Literal["ok"]
     model_hash: str
     num_chips: int
+
+
+class SceneSummary(BaseModel):
+    """A scene whose tiles are served, and the zooms between which it is worth showing."""
+
+    id: str
+    bounds_lonlat: Box
+    ground_sample_distance_m: float
+    datetime: str
+    attribution: str
+    min_zoom: int
+    max_zoom: int
+
+
+class Stats(BaseModel):
+    """What is served: artifacts, the model, how many chips show each kind of landmark, the scenes."""
+
+    model: str
+    index: str
+    chips: str
+    model_hash: str
+    embedding_width: int
+    image_size_px: int
+    num_chips: int
+    search: str = Field(description="exact, or the kind of the approximate index")
+    kinds: dict[str, int]
+    scenes: list[SceneSummary]
 
 
 class Problem(BaseModel):

@@ -78,8 +78,24 @@ class TextMask(BaseModel):
     spot: Spot
 
 
+EXAMPLE_LOCALIZED = {
+    "maps": [
+        {
+            "text": "a runway",
+            "scores": [[0.11, 0.42], [0.09, 0.13]],
+            "spot": {"score": 0.42, "peak_fraction": [0.25, 0.75], "box_fraction": [0.0, 0.5, 0.5, 1.0]},
+            "heatmap_url": "/heatmaps/scene_01-000042.png?text=a+runway",
+        }
+    ],
+    "corners_lonlat": [[9.97, 53.54], [9.98, 53.54], [9.98, 53.53], [9.97, 53.53]],
+    "model_hash": "7fed784520",
+}
+
+
 class LocalizeResponse(BaseModel):
     """`maps` for output scores, `masks` for mask, `geojson` (a FeatureCollection of regions) for geojson."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_LOCALIZED]})
 
     maps: list[TextMap] = []
     masks: list[TextMask] = []
@@ -107,6 +123,12 @@ class EmbedRequest(Request):
 class EmbedResponse(BaseModel):
     """Unit vectors in the order of the request."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"text_embeddings": [[0.6, 0.8]], "image_embeddings": [], "model_hash": "7fed784520"}]
+        }
+    )
+
     text_embeddings: list[list[float]]
     image_embeddings: list[list[float]]
     model_hash: str
@@ -127,6 +149,10 @@ class CaptionRequest(Request):
 
 class CaptionResponse(BaseModel):
     """The model's own words (greedy generation), not the caption stored with the chip."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"caption": "an aerial image of a harbour", "model_hash": "7fed784520"}]}
+    )
 
     caption: str
     model_hash: str

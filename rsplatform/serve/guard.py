@@ -73,7 +73,8 @@ class Guard:
         token, started = CURRENT.set(record), time.perf_counter()
         answer = _Answer(record, send)
         try:
-            refusal = self._refusal(headers, record) or await self._answered(scope, receive, answer)
+            refusal = self._refusal(headers, record, scope.get("client"))
+            refusal = refusal or await self._answered(scope, receive, answer)
             if refusal and not record.status:
                 await answer.refuse(refusal)
         finally:
@@ -110,15 +111,19 @@ class Guard:
             return Refusal(503, f"the answer took longer than {seconds:g} s; try again later", RETRY_AFTER_S)
         return None
 
-    def _refusal(self, headers: dict[str, str], record: RequestRecord) -> Refusal | None:
+    def _refusal(
+        self, headers: dict[str, str], record: RequestRecord, client: tuple[str, int] | None
+    ) -> Refusal | None:
         declared = headers.get("content-length", "0")
         if not declared.isascii() or not declared.isdigit():
             return Refusal(400, "Content-Length is not a number")
         if len(declared) > 18 or int(declared) > self.limits.max_body_bytes:
             return self._too_large()
         if not self.limits.key_hashes:
-            # a page elsewhere that points its own name at 127.0.0.1 must not read from this server
-            if not is_loopback(host_name(headers.get("host", ""))):
+            # a page elsewhere that points its own name at 127.0.0.1 must not read from this server, nor other machines
+            # where someone made the proxy listen to them
+            is_own = client is None or not client[0] or is_loopback(client[0])
+            if not is_own or not is_loopback(host_name(headers.get("host", ""))):
                 return Refusal(421, "this server has no API keys and answers only to localhost or 127.0.0.1")
             return None
         if record.path in OPEN_PATHS or record.path.startswith("/static/"):

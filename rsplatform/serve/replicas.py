@@ -33,6 +33,7 @@ from rsplatform.serve.retrieval import Retrieval
 from rsplatform.serve.routes import build_app
 from rsplatform.serve.services import RequestError, Services
 from rsplatform.serve.tiles import Tiles
+from rsplatform.serve.versions import Versions
 from rsplatform.serve.vision import MAX_PICTURE_BATCH, Described, PictureModel, VisionWork
 
 MAX_TEXT_BATCH = 32
@@ -49,12 +50,21 @@ HEALTH_CHECK_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
+class ServedVersion:
+    """A model with its index, and the share of requests that they answer unasked."""
+
+    name: str
+    model: str
+    index: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class Served:
     """What a deployment serves, and its limits."""
 
     cluster: Cluster
-    model: str
-    index: str
+    versions: tuple[ServedVersion, ...]
     chips: str
     guard: Guarded
     window: int
@@ -71,9 +81,9 @@ class PictureWork:
     Pictures of different requests share a forward; each call of Serve's handle brings all pictures of its request.
     """
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, version: ServedVersion) -> None:
         _use_own_cores()
-        embedder = load_embedder(served.cluster.root, served.model, served.device)
+        embedder = load_embedder(served.cluster.root, version.model, served.device)
         self.embedder = embedder
         work = PictureModel(embedder, served.window)
 
@@ -139,33 +149,40 @@ class RemotePictureWork:
 
 
 class Gateway:
-    """One replica of the HTTP application with its embedder and index."""
+    """One replica of the HTTP application with the embedder and index of each version."""
 
-    def __init__(self, served: Served, picture_work: Any) -> None:
+    def __init__(self, served: Served, picture_work: dict[str, Any]) -> None:
         _use_own_cores()
-        retrieval = Retrieval(served.cluster, served.model, served.index, served.chips, served.device)
-        vision: VisionWork = RemotePictureWork(picture_work)
-
-        @serve.batch(max_batch_size=MAX_TEXT_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
-        async def encode(texts: list[str]) -> list[np.ndarray]:
-            return list(await asyncio.to_thread(retrieval.embedder.embed_texts, texts))
-
-        self.services = Services(retrieval, Tiles(retrieval.catalogue), encode, vision)
+        services = {each.name: _services(served, each, picture_work[each.name]) for each in served.versions}
+        self.versions = Versions(services, {each.name: each.weight for each in served.versions})
         self.guard = served.guard
         self.metrics = RequestMetrics()
         _log_requests()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve in the replica, after the constructor: an application with open readers is not pickled."""
-        return build_app(self.services, self.guard, self._watch)
+        return build_app(self.versions, self.guard, self._watch)
 
     def _watch(self, record: RequestRecord) -> None:
         log_request(record)
         self.metrics.add(record)
 
     async def check_health(self) -> None:
-        """Encode one text; Serve replaces a replica for which this raises or hangs."""
-        await self.services.check()
+        """Encode one text with each model; Serve replaces a replica for which this raises or hangs."""
+        for services in self.versions.services.values():
+            await services.check()
+
+
+def _services(served: Served, version: ServedVersion, picture_work: Any) -> Services:
+    """One version in a Gateway: texts of its requests share forwards, pictures go to the replicas for them."""
+    retrieval = Retrieval(served.cluster, version.model, version.index, served.chips, served.device)
+    vision: VisionWork = RemotePictureWork(picture_work)
+
+    @serve.batch(max_batch_size=MAX_TEXT_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def encode(texts: list[str]) -> list[np.ndarray]:
+        return list(await asyncio.to_thread(retrieval.embedder.embed_texts, texts))
+
+    return Services(retrieval, Tiles(retrieval.catalogue), encode, vision, version=version.name)
 
 
 def _use_own_cores() -> None:
@@ -175,7 +192,7 @@ def _use_own_cores() -> None:
 
 
 def build_application(served: Served) -> serve.Application:
-    """The two deployments bound together, with the resources of the cluster file."""
+    """The gateway and a deployment for pictures per version, bound together, with the resources of the cluster file."""
     placement = served.cluster.serve
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
@@ -187,9 +204,17 @@ def build_application(served: Served) -> serve.Application:
         "graceful_shutdown_timeout_s": 5,
         **_replicas(placement),
     }
-    pictures = serve.deployment(name="pictures", **options)(PictureWork)
+    pictures = {
+        each.name: serve.deployment(name=picture_deployment(each.name), **options)(PictureWork).bind(served, each)
+        for each in served.versions
+    }
     gateway = serve.deployment(name="gateway", **options)(serve.ingress()(Gateway))
-    return gateway.bind(served, pictures.bind(served))
+    return gateway.bind(served, pictures)
+
+
+def picture_deployment(version: str) -> str:
+    """Name of the deployment that works on the pictures of a version."""
+    return f"pictures-{version}"
 
 
 def _replicas(placement: ServePlacement) -> dict[str, Any]:

@@ -75,8 +75,9 @@ class Retrieval:
                 raise RuntimeError(f"index and chips disagree: row {hit.row} is {row['id']}, not {hit.id}")
         return [row["image"] for row in rows]
 
-    def result(self, hit: Hit, request: SearchRequest) -> SearchResult:
-        """A hit as the API tells it."""
+    def result(self, hit: Hit, request: SearchRequest, version: str) -> SearchResult:
+        """A hit as the API tells it, found by a version of the service."""
+        text, like, without = request.text, request.chip_id, request.without
         return SearchResult(
             chip_id=hit.id,
             score=hit.score,
@@ -88,9 +89,7 @@ class Retrieval:
             caption=hit.caption,
             kinds=list(hit.kinds),
             thumbnail_url=f"/chips/{quote(hit.id, safe='')}.jpg",
-            heatmap_url=heatmap_url(hit.id, request.text, request.chip_id, request.without)
-            if request.localize
-            else None,
+            heatmap_url=heatmap_url(hit.id, version, text, like, without) if request.localize else None,
         )
 
     @cached_property
@@ -121,8 +120,10 @@ def spot(peak: Peak, place: Place | None) -> Spot:
     )
 
 
-def heatmap_url(chip_id: str, text: str | None, like: str | None = None, without: Sequence[str] = ()) -> str | None:
+def heatmap_url(
+    chip_id: str, version: str, text: str | None, like: str | None = None, without: Sequence[str] = ()
+) -> str | None:
     """Path of a chip's heatmap for a text or for likeness to another chip; None for an uploaded picture."""
     query = [("text", text)] if text else [("like", like)] if like else []
-    query += [("without", each) for each in without]
+    query += [("without", each) for each in without] + [("version", version)]
     return f"/heatmaps/{quote(chip_id, safe='')}.png?{urlencode(query)}" if text or like else None

@@ -56,6 +56,7 @@ class Services:
     encode_text: EncodeText
     vision: VisionWork
     decoding: Decoding = field(default_factory=Decoding)
+    version: str = "stable"
 
     async def search(self, request: SearchRequest) -> SearchResponse:
         """The k best chips; with `localize`, where in each of them."""
@@ -63,7 +64,7 @@ class Services:
         vector_E = await self._query_vector(read, request.image, request.chip_id)
         with stage("search"):
             hits = await asyncio.to_thread(self.retrieval.search, request, vector_E)
-        results = [self.retrieval.result(hit, request) for hit in hits]
+        results = [self.retrieval.result(hit, request, self.version) for hit in hits]
         if request.localize and hits:
             spots = await self._spots(hits, vector_E)
             results = [r.model_copy(update={"spot": s}) for r, s in zip(results, spots, strict=True)]
@@ -91,7 +92,7 @@ class Services:
                 text=text,
                 scores=scores_HW.tolist(),
                 spot=spot(find_peak(scores_HW), place),
-                heatmap_url=heatmap_url(request.chip_id, text) if request.chip_id else None,
+                heatmap_url=heatmap_url(request.chip_id, self.version, text) if request.chip_id else None,
             )
             for text, scores_HW in pairs
         ]
@@ -228,13 +229,14 @@ class Services:
         return Picture(data, known_m(hit), self.retrieval.catalogue.place_of(hit))
 
 
-def local_services(retrieval: Retrieval, window: int = 3) -> Services:
+def local_services(retrieval: Retrieval, window: int = 3, version: str = "stable") -> Services:
     """Everything in threads of this process, without batching across requests."""
 
     async def encode_text(text: str) -> np.ndarray:
         return (await asyncio.to_thread(retrieval.embedder.embed_texts, [text]))[0]
 
-    return Services(retrieval, Tiles(retrieval.catalogue), encode_text, LocalVisionWork(retrieval.embedder, window))
+    vision = LocalVisionWork(retrieval.embedder, window)
+    return Services(retrieval, Tiles(retrieval.catalogue), encode_text, vision, version=version)
 
 
 def _read(text: str | None, without: Sequence[str]) -> Query:
