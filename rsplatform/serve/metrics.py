@@ -1,6 +1,6 @@
 """Metrics of answered requests through Ray, which Prometheus scrapes from each node (cluster/grafana.json shows them).
 
-In: request records. Out: `ray_rsplatform_*` series. Serve itself adds queue lengths and the sizes of batches.
+In: request records. Out: `ray_rsplatform_*` series. Serve itself adds queue lengths.
 """
 
 from ray.util.metrics import Counter, Histogram
@@ -29,3 +29,15 @@ class RequestMetrics:
             self._stages.observe(seconds, {"route": route, "stage": name})
         if record.body_bytes:
             self._bytes.inc(record.body_bytes, {"route": route})
+
+
+class BatchMetrics:
+    """Sizes of the batches of one kind of forward in this process."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._sizes = Histogram("rsplatform_batch_size", "Items of a forward", [1, 2, 4, 8, 16, 32], ("kind",))
+
+    def add(self, size: int) -> None:
+        """Count one batch."""
+        self._sizes.observe(size, {"kind": self._kind})

@@ -25,23 +25,19 @@ from rsplatform.cluster import Cluster, ServePlacement
 from rsplatform.index.embed import load_embedder
 from rsplatform.model.embedder import granted_device
 from rsplatform.serve.admission import RETRY_AFTER_S
+from rsplatform.serve.batching import Batcher
 from rsplatform.serve.guard import Guarded
 from rsplatform.serve.localization import Look
-from rsplatform.serve.metrics import RequestMetrics
+from rsplatform.serve.metrics import BatchMetrics, RequestMetrics
 from rsplatform.serve.record import ACCESS_LOG, RequestRecord, log_request
 from rsplatform.serve.retrieval import Retrieval
 from rsplatform.serve.routes import build_app
-from rsplatform.serve.services import RequestError, Services
+from rsplatform.serve.services import MAX_TEXT_BATCH, RequestError, Services, text_batcher
 from rsplatform.serve.tiles import Tiles
 from rsplatform.serve.versions import Versions
 from rsplatform.serve.vision import MAX_PICTURE_BATCH, Described, PictureModel, VisionWork
 
-MAX_TEXT_BATCH = 32
-# A text waits at most this long for others to share its forward.
-BATCH_WAIT_S = 0.002
-# A picture's forward takes longer, so that more are worth waiting for.
-PICTURE_BATCH_WAIT_S = 0.005
-# Serve caps every batch at max_ongoing_requests, whose default is 5; twice the batch keeps the next one filling.
+# As many requests as a replica works on, of which Serve's default is 5: twice the batch keeps the next one filling.
 MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
 MAX_QUEUED_REQUESTS = 256
 # A replica that hangs is replaced within both together, three misses in a row.
@@ -87,19 +83,9 @@ class PictureWork:
         self.embedder = embedder
         work = PictureModel(embedder, served.window)
 
-        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
-        async def look(looks: list[Look]) -> list[np.ndarray]:
-            return await asyncio.to_thread(work.look, looks)
-
-        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
-        async def embed(pixels: list[np.ndarray]) -> list[np.ndarray]:
-            return await asyncio.to_thread(work.embed, pixels)
-
-        @serve.batch(max_batch_size=MAX_PICTURE_BATCH, batch_wait_timeout_s=PICTURE_BATCH_WAIT_S)
-        async def describe(pictures: list[Described]) -> list[str]:
-            return await asyncio.to_thread(work.captions, pictures)
-
-        self._look, self._embed, self._describe = look, embed, describe
+        self._look = Batcher(work.look, MAX_PICTURE_BATCH, BatchMetrics("maps").add)
+        self._embed = Batcher(work.embed, MAX_PICTURE_BATCH, BatchMetrics("embed").add)
+        self._describe = Batcher(work.captions, MAX_PICTURE_BATCH, BatchMetrics("caption").add)
 
     async def maps(self, looks: Sequence[Look]) -> list[np.ndarray]:
         """See VisionWork."""
@@ -178,11 +164,8 @@ def _services(served: Served, version: ServedVersion, picture_work: Any) -> Serv
     retrieval = Retrieval(served.cluster, version.model, version.index, served.chips, served.device)
     vision: VisionWork = RemotePictureWork(picture_work)
 
-    @serve.batch(max_batch_size=MAX_TEXT_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def encode(texts: list[str]) -> list[np.ndarray]:
-        return list(await asyncio.to_thread(retrieval.embedder.embed_texts, texts))
-
-    return Services(retrieval, Tiles(retrieval.catalogue), encode, vision, version=version.name)
+    batched = text_batcher(retrieval, BatchMetrics("text").add)
+    return Services(retrieval, Tiles(retrieval.catalogue), batched, vision, version=version.name)
 
 
 def _use_own_cores() -> None:

@@ -24,6 +24,7 @@ from rsplatform.serve.api_pictures import (
     LocalizeResponse,
     TextMap,
 )
+from rsplatform.serve.batching import Batcher
 from rsplatform.serve.catalogue import corners
 from rsplatform.serve.localization import Look, find_peak, regions_geojson
 from rsplatform.serve.pictures import Decoding, Picture, known_m, scene_picture, sent_picture, text_mask
@@ -33,6 +34,9 @@ from rsplatform.serve.record import stage
 from rsplatform.serve.retrieval import Retrieval, heatmap_url, spot
 from rsplatform.serve.tiles import Tiles
 from rsplatform.serve.vision import Described, LocalVisionWork, VisionWork
+
+# Texts of one forward; queries of many requests share it.
+MAX_TEXT_BATCH = 32
 
 
 class RequestError(Exception):
@@ -230,13 +234,18 @@ class Services:
 
 
 def local_services(retrieval: Retrieval, window: int = 3, version: str = "stable") -> Services:
-    """Everything in threads of this process, without batching across requests."""
-
-    async def encode_text(text: str) -> np.ndarray:
-        return (await asyncio.to_thread(retrieval.embedder.embed_texts, [text]))[0]
-
+    """Everything in threads of this process."""
     vision = LocalVisionWork(retrieval.embedder, window)
-    return Services(retrieval, Tiles(retrieval.catalogue), encode_text, vision, version=version)
+    return Services(retrieval, Tiles(retrieval.catalogue), text_batcher(retrieval), vision, version=version)
+
+
+def text_batcher(retrieval: Retrieval, observe: Callable[[int], None] | None = None) -> Batcher[str, np.ndarray]:
+    """`encode_text` of Services: texts of different requests share a forward; `observe` hears each batch's size."""
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return list(retrieval.embedder.embed_texts(texts))
+
+    return Batcher(encode, MAX_TEXT_BATCH, observe)
 
 
 def _read(text: str | None, without: Sequence[str]) -> Query:
