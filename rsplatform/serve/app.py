@@ -45,7 +45,7 @@ def running(served: Served) -> Iterator[str]:
         http = {
             "host": placement.host,
             "port": port,
-            "request_timeout_s": served.guard.max_request_seconds + 5,
+            "request_timeout_s": proxy_timeout_s(served),
         }  # the guard first
         try:
             # one line per request would drown the job's own output; errors still show
@@ -60,6 +60,11 @@ def running(served: Served) -> Iterator[str]:
                 serve.delete(APPLICATION)
             else:
                 serve.shutdown()
+
+
+def proxy_timeout_s(served: Served) -> float:
+    """Serve's own limit, which knows no Retry-After: a wait for others, then the guard's limit, which comes first."""
+    return 2 * served.guard.max_request_seconds + 5
 
 
 def _free_port(host: str, port: int) -> int:

@@ -39,7 +39,8 @@ from rsplatform.serve.vision import MAX_PICTURE_BATCH, Described, PictureModel, 
 
 # As many requests as a replica works on, of which Serve's default is 5: twice the batch keeps the next one filling.
 MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
-MAX_QUEUED_REQUESTS = 256
+# No more wait than one replica works on at once: they are let in before their time is over, or refused at once.
+MAX_QUEUED_REQUESTS = MAX_ONGOING_REQUESTS
 # A replica that hangs is replaced within both together, three misses in a row.
 HEALTH_CHECK_PERIOD_S = 3
 HEALTH_CHECK_TIMEOUT_S = 10

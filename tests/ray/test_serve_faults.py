@@ -151,7 +151,7 @@ def test_an_index_is_swapped_without_a_wrong_or_failed_answer(base_url: str, clu
 
 
 def test_more_than_can_be_done_gets_503_with_retry_after_and_memory_stays(base_url: str) -> None:
-    number = MAX_QUEUED_REQUESTS + 4 * MAX_ONGOING_REQUESTS + 200
+    number = MAX_QUEUED_REQUESTS + 2 * MAX_ONGOING_REQUESTS + 150  # of two replicas, and more
 
     async def flood() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=number)
