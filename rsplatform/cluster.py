@@ -151,13 +151,23 @@ class FollowPlacement(Config):
 
 
 class ServePlacement(Config):
-    """Listening address and replicas. Without API keys only a loopback host is accepted."""
+    """Listening address and replicas. Without API keys only a loopback host is accepted.
+
+    With `max_replicas` there are as many as the load asks for, from `num_replicas` on; without it, always so many.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     num_replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
     cpus_per_replica: float = Field(default=1, gt=0)
     gpus_per_replica: float = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _the_range_is_one(self) -> "ServePlacement":
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than num_replicas {self.num_replicas}")
+        return self
 
 
 class Cluster(Config):

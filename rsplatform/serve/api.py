@@ -7,14 +7,16 @@ URLs on purpose: the server fetches nothing for a caller. Nothing here computes.
 import base64
 import binascii
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from rsplatform.index.filters import parse_interval
+from rsplatform.serve.query import read_query
 
 MAX_K = 100
 MAX_TEXTS = 16
+MAX_UNWANTED = 8
 MAX_IMAGES = 16
 MAX_TEXT_CHARACTERS = 512
 MAX_IMAGE_CHARACTERS = 8 * 2**20
@@ -29,7 +31,12 @@ def _is_interval(text: str) -> str:
     return text
 
 
-def _is_box(bbox: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+def _asks_for_something(text: str) -> str:
+    read_query(text)
+    return text
+
+
+def is_box(bbox: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
     west, south, east, north = bbox
     if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south <= north <= 90):
         raise ValueError("expected [west, south, east, north] in degrees with south ≤ north")
@@ -63,7 +70,7 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def _exactly_one(request: BaseModel, names: tuple[str, ...]) -> None:
+def exactly_one(request: BaseModel, names: tuple[str, ...]) -> None:
     given = [name for name in names if getattr(request, name) is not None]
     if len(given) != 1:
         raise ValueError(f"give exactly one of {', '.join(names)}; got {', '.join(given) or 'none'}")
@@ -77,15 +84,21 @@ class SearchRequest(Request):
             "examples": [
                 {"text": "a runway beside fields", "k": 5, "localize": True},
                 {"text": "harbour", "k": 10, "bbox": [9.0, 53.0, 10.5, 54.0], "gsd_m": [0.3, 2]},
-                {"chip_id": "scene_01-000042", "k": 8, "datetime": "2020-01-01T00:00:00Z/.."},
+                {"text": "a harbour, not a marina", "k": 5},
+                {"chip_id": "scene_01-000042", "without": ["water"], "k": 8, "datetime": "2020-01-01T00:00:00Z/.."},
             ]
         }
     )
-    text: Text | None = Field(default=None, description="What to look for, in words")
+    text: Annotated[Text, AfterValidator(_asks_for_something)] | None = Field(
+        default=None,
+        description='What to look for, in words; "harbour, not marina" and "road without water" say what is not '
+        "wanted, a semicolon joins several wanted things",
+    )
+    without: list[Text] = Field(default=[], max_length=MAX_UNWANTED, description="What the chips should not look like")
     image: ImageBase64 | None = Field(default=None, description="A picture to compare with, in base64")
     chip_id: ChipId | None = Field(default=None, description="Find more like this chip; it is left out itself")
     k: int = Field(default=10, ge=1, le=MAX_K, description="How many chips")
-    bbox: Annotated[Box, AfterValidator(_is_box)] | None = Field(
+    bbox: Annotated[Box, AfterValidator(is_box)] | None = Field(
         default=None, description="[west, south, east, north]; west > east crosses the antimeridian"
     )
     bbox_relation: Literal["intersects", "within"] = Field(
@@ -102,7 +115,7 @@ class SearchRequest(Request):
 
     @model_validator(mode="after")
     def _one_query(self) -> "SearchRequest":
-        _exactly_one(self, ("text", "image", "chip_id"))
+        exactly_one(self, ("text", "image", "chip_id"))
         return self
 
 
@@ -120,7 +133,7 @@ class SearchResult(BaseModel):
     """One chip; `corners_lonlat` run top left, top right, bottom right, bottom left of the picture."""
 
     chip_id: str
-    score: float = Field(description="Cosine with the query, -1…1")
+    score: float = Field(description="Cosine with the query's vector, -1…1")
     bounds_lonlat: Box
     corners_lonlat: list[LonLat]
     scene: str
@@ -133,97 +146,90 @@ class SearchResult(BaseModel):
     spot: Spot | None = Field(default=None, description="Where in the chip; only with localize: true")
 
 
+class ReadAs(BaseModel):
+    """How the text of a query was understood."""
+
+    wanted: list[str]
+    unwanted: list[str]
+
+
+EXAMPLE_RESULT = {
+    "chip_id": "scene_01-000042",
+    "score": 0.31,
+    "bounds_lonlat": [9.97, 53.53, 9.98, 53.54],
+    "corners_lonlat": [[9.97, 53.54], [9.98, 53.54], [9.98, 53.53], [9.97, 53.53]],
+    "scene": "scene_01",
+    "datetime": "2021-06-01T10:00:00Z",
+    "ground_sample_distance_m": 2.0,
+    "caption": "an aerial image of a harbour and water",
+    "kinds": ["harbour", "water"],
+    "thumbnail_url": "/chips/scene_01-000042.jpg",
+    "heatmap_url": "/heatmaps/scene_01-000042.png?text=harbour",
+    "spot": {
+        "score": 0.42,
+        "peak_fraction": [0.44, 0.56],
+        "box_fraction": [0.25, 0.25, 0.75, 0.75],
+        "peak_lonlat": [9.9756, 53.5356],
+        "box_lonlat": [9.9725, 53.5325, 9.9775, 53.5375],
+    },
+}
+
+
 class SearchResponse(BaseModel):
     """The k best chips, best first; fewer only where fewer meet the conditions."""
 
-    results: list[SearchResult]
-    model_hash: str
-
-
-class LocalizeRequest(Request):
-    """A picture or a chip, and the texts to find in it."""
-
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"chip_id": "scene_01-000042", "texts": ["a runway", "water"]}]}
+        json_schema_extra={
+            "examples": [
+                {
+                    "results": [EXAMPLE_RESULT],
+                    "read_as": {"wanted": ["a harbour"], "unwanted": ["a marina"]},
+                    "model_hash": "7fed784520",
+                }
+            ]
+        }
     )
-    image: ImageBase64 | None = None
-    chip_id: ChipId | None = None
-    texts: list[Text] = Field(min_length=1, max_length=MAX_TEXTS)
-    output: Literal["scores", "geojson"] = Field(
-        default="scores", description="Score grids, or regions on Earth (chips only)"
-    )
-
-    @model_validator(mode="after")
-    def _one_picture(self) -> "LocalizeRequest":
-        _exactly_one(self, ("image", "chip_id"))
-        return self
-
-
-class TextMap(BaseModel):
-    """The agreement of one text with each cell of the picture's grid, and the spot where it is highest."""
-
-    text: str
-    scores: list[list[float]] = Field(description="Cosine per cell, rows from the top")
-    spot: Spot
-    heatmap_url: str | None = None
-
-
-class LocalizeResponse(BaseModel):
-    """`maps` for output scores; `geojson`, a FeatureCollection of regions, for output geojson."""
-
-    maps: list[TextMap] = []
-    geojson: dict[str, Any] | None = None
-    model_hash: str
-
-
-class EmbedRequest(Request):
-    """Texts, pictures or both."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"texts": ["a stadium", "a harbour"]}]})
-    texts: list[Text] = Field(default=[], max_length=MAX_TEXTS)
-    images: list[ImageBase64] = Field(default=[], max_length=MAX_IMAGES)
-
-    @model_validator(mode="after")
-    def _something(self) -> "EmbedRequest":
-        if not self.texts and not self.images:
-            raise ValueError("give at least one text or image")
-        return self
-
-
-class EmbedResponse(BaseModel):
-    """Unit vectors in the order of the request."""
-
-    text_embeddings: list[list[float]]
-    image_embeddings: list[list[float]]
-    model_hash: str
-
-
-class CaptionRequest(Request):
-    """A picture or a chip to describe."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"chip_id": "scene_01-000042"}]})
-    image: ImageBase64 | None = None
-    chip_id: ChipId | None = None
-
-    @model_validator(mode="after")
-    def _one_picture(self) -> "CaptionRequest":
-        _exactly_one(self, ("image", "chip_id"))
-        return self
-
-
-class CaptionResponse(BaseModel):
-    """The model's own words (greedy generation), not the caption stored with the chip."""
-
-    caption: str
+    results: list[SearchResult]
+    read_as: ReadAs = Field(description="What was looked for in words, and what was not wanted")
     model_hash: str
 
 
 class Health(BaseModel):
     """`status` is "ok" once the model has encoded one sample."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"status": "ok", "model_hash": "7fed784520", "num_chips": 9197}]}
+    )
     status: Literal["ok"]
     model_hash: str
     num_chips: int
+
+
+class SceneSummary(BaseModel):
+    """A scene whose tiles are served, and the zooms between which it is worth showing."""
+
+    id: str
+    bounds_lonlat: Box
+    ground_sample_distance_m: float
+    datetime: str
+    attribution: str
+    min_zoom: int
+    max_zoom: int
+
+
+class Stats(BaseModel):
+    """What is served: artifacts, the model, how many chips show each kind of landmark, the scenes."""
+
+    model: str
+    index: str
+    chips: str
+    model_hash: str
+    embedding_width: int
+    image_size_px: int
+    num_chips: int
+    search: str = Field(description="exact, or the kind of the approximate index")
+    kinds: dict[str, int]
+    scenes: list[SceneSummary]
 
 
 class Problem(BaseModel):

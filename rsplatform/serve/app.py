@@ -1,160 +1,28 @@
-"""Ray Serve around the plain classes: two deployments, started and stopped as one, and the front door's runtime.
+"""Ray Serve with the application of replicas.py, started and stopped as one: the front door's runtime."""
 
-    proxy -> Gateway (FastAPI, text encoding in batches, search) -> PictureWork (smooth attention, captions)
-
-Text encoding and search share a replica because a hop costs more than either. Must not use postponed evaluation
-of annotations: FastAPI reads them where Serve builds the application.
-"""
-
-import asyncio
 import contextlib
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import numpy as np
-import ray
-import torch
 from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import LoggingConfig
-from starlette.types import ASGIApp
 
-from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
-from rsplatform.index.embed import load_embedder
-from rsplatform.model.embedder import granted_device
 from rsplatform.runtime import ray_runtime
-from rsplatform.serve.retrieval import Retrieval
-from rsplatform.serve.routes import build_app
-from rsplatform.serve.security import Guarded, check_address, key_hashes
-from rsplatform.serve.services import LocalVisionWork, Services, VisionWork
-from rsplatform.serve.tiles import Tiles
+from rsplatform.serve.replicas import Served, build_application
+from rsplatform.serve.security import check_address
 
 APPLICATION = "rsplatform"
-MAX_TEXT_BATCH = 32
-# A text waits at most this long for others to share its forward.
-BATCH_WAIT_S = 0.002
-# Serve caps every batch at max_ongoing_requests, whose default is 5; twice the batch keeps the next one filling.
-MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
-MAX_QUEUED_REQUESTS = 256
 # For the first answer of the application.
 START_TIMEOUT_S = 180
 CONNECT_RETRIES = 5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a deployment serves, and its limits."""
-
-    cluster: Cluster
-    model: str
-    index: str
-    chips: str
-    guard: Guarded
-    window: int
-    request_timeout_s: float
-
-    @property
-    def device(self) -> str:
-        """Where replicas put the model."""
-        return granted_device(self.cluster.serve.gpus_per_replica)
-
-
-class PictureWork:
-    """One replica of the heavy work on pictures, on the device that the placement grants its replicas."""
-
-    def __init__(self, served: Served) -> None:
-        _use_own_cores()
-        embedder = load_embedder(served.cluster.root, served.model, served.device)
-        self.work = LocalVisionWork(embedder, served.window)
-        self.embedder = self.work.embedder
-
-    async def maps(
-        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
-    ) -> list[np.ndarray]:
-        """See VisionWork."""
-        return await self.work.maps(images, queries_CE, ground_sample_distances_m)
-
-    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
-        """See VisionWork."""
-        return await self.work.caption(image, ground_sample_distance_m)
-
-    async def check_health(self) -> None:
-        """Encode one picture; Serve replaces a replica for which this raises or hangs."""
-        size = self.embedder.image_size
-        await asyncio.to_thread(self.embedder.embed_images, [np.zeros((size, size, 3), dtype=np.uint8)])
-
-
-class RemotePictureWork:
-    """`VisionWork` through Serve's handle to PictureWork."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def maps(
-        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
-    ) -> list[np.ndarray]:
-        """See VisionWork."""
-        return await self._handle.maps.remote(list(images), queries_CE, list(ground_sample_distances_m))
-
-    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
-        """See VisionWork."""
-        return await self._handle.caption.remote(image, ground_sample_distance_m)
-
-
-class Gateway:
-    """One replica of the HTTP application with its embedder and index."""
-
-    def __init__(self, served: Served, picture_work: Any) -> None:
-        _use_own_cores()
-        retrieval = Retrieval(served.cluster, served.model, served.index, served.chips, served.device)
-        vision: VisionWork = RemotePictureWork(picture_work)
-
-        @serve.batch(max_batch_size=MAX_TEXT_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
-        async def encode(texts: list[str]) -> list[np.ndarray]:
-            return list(await asyncio.to_thread(retrieval.embedder.embed_texts, texts))
-
-        self.services = Services(retrieval, Tiles(retrieval.catalogue), encode, vision)
-        self.guard = served.guard
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Called by Serve in the replica, after the constructor: an application with open readers is not pickled."""
-        return build_app(self.services, self.guard)
-
-    async def check_health(self) -> None:
-        """Encode one text; Serve replaces a replica for which this raises or hangs."""
-        await self.services.check()
-
-
-def _use_own_cores() -> None:
-    """One Torch thread per whole CPU of this replica: more of them than cores cost 100 × on a busy machine."""
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    torch.set_num_threads(max(1, int(cpus)))
-
-
-def build_application(served: Served) -> serve.Application:
-    """The two deployments bound together, with the resources of the cluster file."""
-    placement = served.cluster.serve
-    options: dict[str, Any] = {
-        "num_replicas": placement.num_replicas,
-        "ray_actor_options": {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
-        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
-        "health_check_period_s": 10,
-        "health_check_timeout_s": 30,
-        "graceful_shutdown_timeout_s": 5,
-    }
-    pictures = serve.deployment(name="pictures", **options)(PictureWork)
-    gateway = serve.deployment(name="gateway", max_queued_requests=MAX_QUEUED_REQUESTS, **options)(
-        serve.ingress()(Gateway)
-    )
-    return gateway.bind(served, pictures.bind(served))
 
 
 @contextlib.contextmanager
@@ -174,7 +42,11 @@ def running(served: Served) -> Iterator[str]:
     joined = served.cluster.ray_address is not None or "RAY_ADDRESS" in os.environ
     with ray_runtime(served.cluster):
         _handle_again(handlers)
-        http = {"host": placement.host, "port": port, "request_timeout_s": served.request_timeout_s}
+        http = {
+            "host": placement.host,
+            "port": port,
+            "request_timeout_s": proxy_timeout_s(served),
+        }  # the guard first
         try:
             # one line per request would drown the job's own output; errors still show
             quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -188,6 +60,11 @@ def running(served: Served) -> Iterator[str]:
                 serve.delete(APPLICATION)
             else:
                 serve.shutdown()
+
+
+def proxy_timeout_s(served: Served) -> float:
+    """Serve's own limit, which knows no Retry-After: a wait for others, then the guard's limit, which comes first."""
+    return 2 * served.guard.max_request_seconds + 5
 
 
 def _free_port(host: str, port: int) -> int:
@@ -241,8 +118,3 @@ def _handle_again(handlers: dict[int, Any]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def guard(max_body_bytes: int, max_body_seconds: float) -> Guarded:
-    """Limits of a deployment with the API keys of the environment."""
-    return Guarded(max_body_bytes, max_body_seconds, key_hashes())

@@ -13,6 +13,8 @@ from rsplatform.index.store import Hit
 from rsplatform.sources.scenes import scene_from_json
 
 LonLat = tuple[float, float]
+# Longitude and latitude of a position in a picture, given as fractions (row, column) from its top left.
+Place = Callable[[float, float], LonLat]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Catalogue:
     def __init__(self, entries: list[dict[str, Any]], resolve: Callable[[str], str]) -> None:
         self.scenes = {entry["id"]: _scene(entry, resolve) for entry in entries}
 
+    def place_of(self, hit: Hit) -> Place:
+        """Where the parts of a chip lie."""
+        return lambda row_fraction, column_fraction: self.place(hit, row_fraction, column_fraction)
+
     def place(self, hit: Hit, row_fraction: float, column_fraction: float) -> LonLat:
         """Longitude and latitude of a position in a chip, as fractions from its top left."""
         row, column, height, width = hit.window_px
@@ -65,16 +71,18 @@ class Catalogue:
         west, south, east, north = hit.bounds_lonlat  # a scene that left the catalogue: its chip is north-up
         return west + column_fraction * (east - west), north - row_fraction * (north - south)
 
-    def corners(self, hit: Hit) -> list[LonLat]:
-        """Top left, top right, bottom right, bottom left of the chip's picture."""
-        return [self.place(hit, row, column) for row, column in ((0, 0), (0, 1), (1, 1), (1, 0))]
 
-    def box(self, hit: Hit, box_fraction: tuple[float, float, float, float]) -> BoundsLonLat:
-        """(west, south, east, north) that hold the part (top, left, bottom, right) of the chip."""
-        top, left, bottom, right = box_fraction
-        points = [self.place(hit, row, column) for row in (top, bottom) for column in (left, right)]
-        longitudes, latitudes = zip(*points, strict=True)
-        return min(longitudes), min(latitudes), max(longitudes), max(latitudes)
+def corners(place: Place) -> list[LonLat]:
+    """Top left, top right, bottom right, bottom left of a picture."""
+    return [place(row, column) for row, column in ((0, 0), (0, 1), (1, 1), (1, 0))]
+
+
+def box(place: Place, box_fraction: tuple[float, float, float, float]) -> BoundsLonLat:
+    """(west, south, east, north) that hold the part (top, left, bottom, right) of a picture."""
+    top, left, bottom, right = box_fraction
+    points = [place(row, column) for row in (top, bottom) for column in (left, right)]
+    longitudes, latitudes = zip(*points, strict=True)
+    return min(longitudes), min(latitudes), max(longitudes), max(latitudes)
 
 
 def _scene(entry: dict[str, Any], resolve: Callable[[str], str]) -> SceneEntry:

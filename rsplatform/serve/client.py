@@ -1,9 +1,11 @@
 """Typed Python client of the HTTP API: pictures as bytes or files in, the models of api.py out.
 
-Needs httpx and pydantic only at run time of a call; it does not retry, and it reads no artifact.
+Needs httpx and pydantic only at run time of a call. Every call is a read, so that one that met a lost connection or a
+busy server is sent again; it reads no artifact.
 """
 
 import base64
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -12,16 +14,14 @@ import httpx
 import numpy as np
 from pydantic import BaseModel
 
-from rsplatform.serve.api import (
-    CaptionResponse,
-    EmbedResponse,
-    Health,
-    LocalizeResponse,
-    SearchResponse,
-)
+from rsplatform.serve.api import Health, SearchResponse, Stats
+from rsplatform.serve.api_pictures import CaptionResponse, EmbedResponse, LocalizeResponse
+from rsplatform.serve.predict import PredictResponse
 
 Model = TypeVar("Model", bound=BaseModel)
 Image = bytes | Path
+# What the server asks to wait before another try is believed up to here.
+MAX_WAIT_S = 5.0
 
 
 class ApiError(RuntimeError):
@@ -33,9 +33,13 @@ class ApiError(RuntimeError):
 
 
 class Client:
-    """A connection to one server, e.g. `Client("http://127.0.0.1:8000")`; use it in a `with` block."""
+    """A connection to one server, e.g. `Client("http://127.0.0.1:8000")`; use it in a `with` block.
 
-    def __init__(self, base_url: str, api_key: str | None = None, timeout_s: float = 60) -> None:
+    `retries`: how often a call is sent again after a lost connection, a 500, or a 503, whose Retry-After it waits for.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout_s: float = 60, retries: int = 1) -> None:
+        self._retries = retries
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout_s, trust_env=False)
 
@@ -49,7 +53,11 @@ class Client:
 
     def health(self) -> Health:
         """Whether the model answers. Raises ApiError, or httpx.TransportError if nobody listens."""
-        return self._read(Health, self._http.get("/health"))
+        return self._read(Health, self._send("GET", "/health"))
+
+    def stats(self) -> Stats:
+        """What is served: artifacts, model, kinds of landmarks, scenes."""
+        return self._read(Stats, self._send("GET", "/v1/stats"))
 
     def search(
         self, text: str | None = None, *, image: Image | None = None, chip_id: str | None = None, **conditions: Any
@@ -62,11 +70,30 @@ class Client:
         return self._post(SearchResponse, "/v1/search", query | conditions)
 
     def localize(
-        self, texts: list[str], *, image: Image | None = None, chip_id: str | None = None, output: str = "scores"
+        self, texts: list[str], *, image: Image | None = None, output: str = "scores", **place: Any
     ) -> LocalizeResponse:
-        """Where in a picture or chip each text is: score grids and spots, or GeoJSON regions (chips only)."""
-        body = {"texts": texts, "image": _encoded(image), "chip_id": chip_id, "output": output}
-        return self._post(LocalizeResponse, "/v1/localize", body)
+        """Where in a picture each text is: score grids, masks, or GeoJSON regions (not of an upload).
+
+        `place` is `chip_id`, or `scene_id` with `bbox` (and `gsd_m`), in place of an image.
+        """
+        body = {"texts": texts, "image": _encoded(image), "output": output}
+        return self._post(LocalizeResponse, "/v1/localize", body | place)
+
+    def predict(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The closed product's form: instances with base64 pictures and texts in, one prediction for each out."""
+        return self._post(PredictResponse, "/predict", {"instances": instances}).predictions
+
+    def picture(self, url: str) -> bytes:
+        """Bytes behind a thumbnail_url or heatmap_url of an answer, or of a tile; empty where a tile has no pixels.
+
+        Raises:
+            ValueError: not a path of this server.
+        """
+        if not url.startswith("/") or url.startswith("//"):
+            raise ValueError(f"expected a path of this server such as /chips/ID.jpg, got {url!r}")
+        response = self._send("GET", url)
+        self._check(response)
+        return response.content
 
     def caption(self, *, image: Image | None = None, chip_id: str | None = None) -> str:
         """The model's own words for a picture or chip."""
@@ -84,11 +111,29 @@ class Client:
 
     def _post(self, model: type[Model], path: str, body: dict[str, Any]) -> Model:
         given = {key: value for key, value in body.items() if value is not None}
-        return self._read(model, self._http.post(path, json=given))
+        return self._read(model, self._send("POST", path, json=given))
+
+    def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        for tries_left in range(self._retries, -1, -1):
+            try:
+                response = self._http.request(method, path, **content)
+            except httpx.TransportError:
+                if not tries_left:
+                    raise
+                continue
+            if response.status_code not in (500, 503) or not tries_left:
+                return response
+            given = response.headers.get("retry-after", "0")
+            time.sleep(min(float(given) if given.isdecimal() else 0, MAX_WAIT_S))
+        raise ValueError(f"retries {self._retries}: expected 0 or more")
 
     def _read(self, model: type[Model], response: httpx.Response) -> Model:
+        self._check(response)
+        return model.model_validate_json(response.content)
+
+    def _check(self, response: httpx.Response) -> None:
         if response.is_success:
-            return model.model_validate_json(response.content)
+            return
         is_json = response.headers.get("content-type", "").startswith("application/json")
         detail = response.json().get("detail", response.text) if is_json else response.text
         raise ApiError(response.status_code, str(detail)[:1000])

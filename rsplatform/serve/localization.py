@@ -42,6 +42,20 @@ class Peak:
     box_fraction: tuple[float, float, float, float]  # top, left, bottom, right
 
 
+@dataclass(frozen=True)
+class Look:
+    """A picture and what to look for in it: unit queries (C, E), and the metres of its pixels, NaN where unknown.
+
+    `as_it_is` keeps the picture's scale, so that a larger one is tiled; else it is brought to the size that the model
+    was trained at, which is what chips and pictures of unknown scale need.
+    """
+
+    image: bytes
+    queries_CE: np.ndarray
+    ground_sample_distance_m: float = math.nan
+    as_it_is: bool = False
+
+
 class Localization:
     """Smooth attention of one model at its own picture size."""
 
@@ -55,38 +69,51 @@ class Localization:
         queries_CE: np.ndarray,
         ground_sample_distances_m: Sequence[float] | None = None,
     ) -> list[np.ndarray]:
-        """Cosine of each patch's surroundings with each query, one float32 (C, H, W) per picture.
-
-        Square pictures (chips) go through the model together, at the size it was trained at; others are tiled at
-        that scale, so that no part of them is cropped away. Distances are metres per pixel of the pictures as they
-        come here, NaN (or no list) where unknown.
+        """`look` at several pictures for the same queries.
 
         Raises:
             ImageError: bytes that are no acceptable picture.
             ValueError: another number of distances than of pictures.
         """
         distances_m = [math.nan] * len(images) if ground_sample_distances_m is None else ground_sample_distances_m
-        texts_CE = torch.from_numpy(np.ascontiguousarray(queries_CE)).to(self.embedder.device)
-        maps, squares, size = dict[int, np.ndarray](), dict[int, Square](), self.embedder.image_size
-        for index, (image, distance_m) in enumerate(zip(images, distances_m, strict=True)):
-            picture_HWC = decode_image(image, max_pixels=MAX_IMAGE_PIXELS)
-            if picture_HWC.shape[0] == picture_HWC.shape[1]:
-                squares[index] = read_square(image, size, distance_m, max_pixels=MAX_IMAGE_PIXELS)
-            else:
-                maps[index] = self._tiled_maps(picture_HWC, distance_m, texts_CE)
-        maps |= dict(zip(squares, self._square_maps(list(squares.values()), texts_CE), strict=True))
-        return [maps[index] for index in range(len(images))]
+        return self.look([Look(image, queries_CE, each) for image, each in zip(images, distances_m, strict=True)])
 
-    def _tiled_maps(self, picture_HWC: np.ndarray, distance_m: float, texts_CE: torch.Tensor) -> np.ndarray:
-        size = self.embedder.image_size
-        distance_m = resized_ground_sample_distance_m(picture_HWC, size, distance_m)
-        scale = Scale(size / min(picture_HWC.shape[:2]), distance_m)
-        maps_CHW = picture_maps(self.embedder, picture_HWC, texts_CE, scale=scale, window=self.window)
+    def look(self, looks: Sequence[Look]) -> list[np.ndarray]:
+        """Cosine of each patch's surroundings with each query of the look, one float32 (C, H, W) per picture.
+
+        Square pictures (chips) go through the model together, at the size it was trained at; others are tiled at
+        that scale, so that no part of them is cropped away.
+
+        Raises:
+            ImageError: bytes that are no acceptable picture.
+        """
+        maps, squares, size = dict[int, np.ndarray](), dict[int, Square](), self.embedder.image_size
+        for index, look in enumerate(looks):
+            picture_HWC = decode_image(look.image, max_pixels=MAX_IMAGE_PIXELS)
+            is_square = picture_HWC.shape[0] == picture_HWC.shape[1]
+            if is_square and not look.as_it_is:
+                distance_m = look.ground_sample_distance_m
+                squares[index] = read_square(look.image, size, distance_m, max_pixels=MAX_IMAGE_PIXELS)
+            else:
+                maps[index] = self._tiled_maps(picture_HWC, look)
+        for same in _same_queries(looks, list(squares)):
+            found = self._square_maps([squares[index] for index in same], self._queries(looks[same[0]]))
+            maps |= dict(zip(same, found, strict=True))
+        return [maps[index] for index in range(len(looks))]
+
+    def _queries(self, look: Look) -> torch.Tensor:
+        return torch.from_numpy(np.array(look.queries_CE, dtype=np.float32)).to(self.embedder.device)
+
+    def _tiled_maps(self, picture_HWC: np.ndarray, look: Look) -> np.ndarray:
+        size, factor, distance_m = self.embedder.image_size, 1.0, look.ground_sample_distance_m
+        if not look.as_it_is:
+            factor = size / min(picture_HWC.shape[:2])
+            distance_m = resized_ground_sample_distance_m(picture_HWC, size, distance_m)
+        scale = Scale(factor, distance_m)
+        maps_CHW = picture_maps(self.embedder, picture_HWC, self._queries(look), scale=scale, window=self.window)
         return maps_CHW.float().cpu().numpy()
 
     def _square_maps(self, squares: list[Square], texts_CE: torch.Tensor) -> list[np.ndarray]:
-        if not squares:
-            return []
         images_BHWC = torch.from_numpy(np.stack([picture.pixels_HWC for picture in squares]))
         distances_m = [picture.ground_sample_distance_m for picture in squares]
         features = self.embedder.patch_features(images_BHWC, distances_m)
@@ -99,6 +126,14 @@ class Localization:
                 window=self.window,
             )
         return list(maps_BCHW.float().cpu().numpy())
+
+
+def _same_queries(looks: Sequence[Look], indices: Sequence[int]) -> list[list[int]]:
+    """Indices of looks for the same queries, together: the hits of one search share a forward."""
+    groups: dict[bytes, list[int]] = {}
+    for index in indices:
+        groups.setdefault(looks[index].queries_CE.tobytes(), []).append(index)
+    return list(groups.values())
 
 
 def threshold(scores_HW: np.ndarray) -> float:
@@ -138,6 +173,14 @@ def heatmap_png(scores_HW: np.ndarray, size_px: int = HEATMAP_SIZE_PX) -> bytes:
     buffer = io.BytesIO()
     rgba_HWC = np.concatenate([colours_HWC, alpha_HW1], axis=2).round().astype(np.uint8)
     Image.fromarray(rgba_HWC).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def mask_png(scores_HW: np.ndarray, size_px: tuple[int, int]) -> bytes:
+    """The pixels (height, width) above `threshold` of the map at that size: a grey PNG of 255 and 0."""
+    pixels_HW = upsample(torch.from_numpy(scores_HW)[None, None], size_px)[0, 0].numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(np.where(pixels_HW >= threshold(pixels_HW), 255, 0).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -46,6 +46,10 @@ class PredictRequest(Request):
 class PredictResponse(BaseModel):
     """One dictionary per instance: `embedding`, or `scores` in the order of its texts."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"predictions": [{"embedding": [0.6, 0.8]}, {"scores": [0.31]}]}]}
+    )
+
     predictions: list[dict[str, Any]]
 
 

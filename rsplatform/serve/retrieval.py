@@ -19,7 +19,7 @@ from rsplatform.index.filters import SearchFilter, parse_interval
 from rsplatform.index.store import ChipIndex, Hit
 from rsplatform.model.preprocess import read_square
 from rsplatform.serve.api import MAX_IMAGE_PIXELS, SearchRequest, SearchResult, Spot, image_bytes
-from rsplatform.serve.catalogue import Catalogue
+from rsplatform.serve.catalogue import Catalogue, Place, box, corners
 from rsplatform.serve.localization import Peak
 from rsplatform.storage import read_json
 
@@ -75,31 +75,21 @@ class Retrieval:
                 raise RuntimeError(f"index and chips disagree: row {hit.row} is {row['id']}, not {hit.id}")
         return [row["image"] for row in rows]
 
-    def result(self, hit: Hit, request: SearchRequest) -> SearchResult:
-        """A hit as the API tells it."""
+    def result(self, hit: Hit, request: SearchRequest, version: str) -> SearchResult:
+        """A hit as the API tells it, found by a version of the service."""
+        text, like, without = request.text, request.chip_id, request.without
         return SearchResult(
             chip_id=hit.id,
             score=hit.score,
             bounds_lonlat=hit.bounds_lonlat,
-            corners_lonlat=self.catalogue.corners(hit),
+            corners_lonlat=corners(self.catalogue.place_of(hit)),
             scene=hit.scene,
             datetime=hit.datetime.isoformat().replace("+00:00", "Z") if hit.datetime else None,
             ground_sample_distance_m=hit.ground_sample_distance_m,
             caption=hit.caption,
             kinds=list(hit.kinds),
             thumbnail_url=f"/chips/{quote(hit.id, safe='')}.jpg",
-            heatmap_url=heatmap_url(hit.id, text=request.text, like=request.chip_id) if request.localize else None,
-        )
-
-    def spot(self, peak: Peak, hit: Hit | None) -> Spot:
-        """A peak as the API tells it, with its place on Earth if the picture is a chip."""
-        fractions = (peak.row_fraction, peak.column_fraction)
-        return Spot(
-            score=peak.score,
-            peak_fraction=fractions,
-            box_fraction=peak.box_fraction,
-            peak_lonlat=self.catalogue.place(hit, *fractions) if hit else None,
-            box_lonlat=self.catalogue.box(hit, peak.box_fraction) if hit else None,
+            heatmap_url=heatmap_url(hit.id, version, text, like, without) if request.localize else None,
         )
 
     @cached_property
@@ -118,7 +108,22 @@ class Retrieval:
         }
 
 
-def heatmap_url(chip_id: str, text: str | None, like: str | None = None) -> str | None:
+def spot(peak: Peak, place: Place | None) -> Spot:
+    """A peak as the API tells it, with its place on Earth if the picture has one."""
+    fractions = (peak.row_fraction, peak.column_fraction)
+    return Spot(
+        score=peak.score,
+        peak_fraction=fractions,
+        box_fraction=peak.box_fraction,
+        peak_lonlat=place(*fractions) if place else None,
+        box_lonlat=box(place, peak.box_fraction) if place else None,
+    )
+
+
+def heatmap_url(
+    chip_id: str, version: str, text: str | None, like: str | None = None, without: Sequence[str] = ()
+) -> str | None:
     """Path of a chip's heatmap for a text or for likeness to another chip; None for an uploaded picture."""
-    query = {"text": text} if text else {"like": like} if like else None
-    return f"/heatmaps/{quote(chip_id, safe='')}.png?{urlencode(query)}" if query else None
+    query = [("text", text)] if text else [("like", like)] if like else []
+    query += [("without", each) for each in without] + [("version", version)]
+    return f"/heatmaps/{quote(chip_id, safe='')}.png?{urlencode(query)}" if text or like else None

@@ -4,6 +4,7 @@ In: services and limits. Out: a guarded ASGI application. Routes only translate;
 guard's, limits of content are api.py's.
 """
 
+import random
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,28 +13,37 @@ from fastapi import Depends, FastAPI, Query, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
+from rsplatform.serve.admission import RETRY_AFTER_S
 from rsplatform.serve.api import (
     ID_PATTERN,
     MAX_TEXT_CHARACTERS,
+    MAX_UNWANTED,
+    Health,
+    Problem,
+    SearchRequest,
+    SearchResponse,
+    Stats,
+    Text,
+)
+from rsplatform.serve.api_pictures import (
     CaptionRequest,
     CaptionResponse,
     EmbedRequest,
     EmbedResponse,
-    Health,
     LocalizeRequest,
     LocalizeResponse,
-    Problem,
-    SearchRequest,
-    SearchResponse,
 )
+from rsplatform.serve.guard import Guard, Guarded, Watch
 from rsplatform.serve.localization import heatmap_png
 from rsplatform.serve.predict import PredictRequest, PredictResponse
-from rsplatform.serve.security import Guard, Guarded
+from rsplatform.serve.record import log_request
 from rsplatform.serve.services import RequestError, Services
+from rsplatform.serve.versions import Versions, only
 
 PAGES = Path(__file__).parent / "pages"
 DESCRIPTION = "Ask in words or with a picture, get the chips and the spot in each of them."
@@ -48,33 +58,47 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         421: "The Host is not this machine",
         422: "A field is wrong; `detail` names it",
-        503: "Overloaded or starting; try again later",
+        429: "This API key asks too often; Retry-After says when to ask again",
+        503: "Overloaded or starting; Retry-After says when to ask again",
     }.items()
 }
 CACHED = {"cache-control": "private, max-age=3600"}
 PICTURE = {"content": {"image/png": {}, "image/jpeg": {}}, "description": "The picture"}
 
-ChipIdInPath = Annotated[str, PathParameter(pattern=ID_PATTERN)]
-QueryText = Annotated[str | None, Query(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
-QueryChip = Annotated[str | None, Query(pattern=ID_PATTERN)]
+KEYED = [Depends(HTTPBearer(scheme_name="APIKey", auto_error=False))]  # for the document: the guard has looked already
+
+ChipIdInPath = Annotated[str, PathParameter(pattern=ID_PATTERN, description="As /v1/search gives it")]
+SceneInPath = Annotated[str, PathParameter(pattern=ID_PATTERN, description="As /v1/stats gives it")]
+TileNumber = Annotated[int, PathParameter(description="Of the web-mercator pyramid, y from the north")]
+TileForm = Annotated[Literal["jpg", "png"], PathParameter(description="png is clear where the scene has no pixels")]
+QueryText = Annotated[
+    str | None, Query(min_length=1, max_length=MAX_TEXT_CHARACTERS, description="Read as /v1/search reads it")
+]
+QueryTexts = Annotated[list[Text] | None, Query(max_length=MAX_UNWANTED, description="What is not wanted")]
+QueryChip = Annotated[str | None, Query(pattern=ID_PATTERN, description="Another chip, in place of a text")]
 
 
-def given_services(request: HttpRequest) -> Services:
-    """What the application was built with."""
-    if request.app.state.services is None:
-        raise RequestError(503, "the server is starting")
-    return request.app.state.services
+QueryVersion = Annotated[
+    str | None, Query(pattern=r"^[a-z0-9_-]{1,40}$", description="One of several versions by name; else by weight")
+]
+
+
+def given_services(request: HttpRequest, response: Response, version: QueryVersion = None) -> Services:
+    """The version that answers this request: the one asked for, else drawn by weight."""
+    services = request.app.state.versions.choose(version, random.random())
+    response.headers["x-model-version"] = services.version
+    return services
 
 
 Provided = Annotated[Services, Depends(given_services)]
 
 
-def build_app(services: Services | None, limits: Guarded) -> ASGIApp:
-    """The guarded application. `services` None gives one that knows its OpenAPI but answers no request."""
-    return Guard(build_routes(services), limits)
+def build_app(services: Services | Versions, limits: Guarded, watch: Watch = log_request) -> ASGIApp:
+    """The guarded application over one or several versions; `watch` hears of every request once it is answered."""
+    return Guard(build_routes(services if isinstance(services, Versions) else only(services)), limits, watch)
 
 
-def build_routes(services: Services | None) -> FastAPI:
+def build_routes(versions: Versions) -> FastAPI:
     """The routes without the guard in front."""
     app = FastAPI(
         title="rsplatform",
@@ -85,9 +109,10 @@ def build_routes(services: Services | None) -> FastAPI:
         responses=REFUSALS,
     )
 
-    app.state.services = services
+    app.state.versions = versions
     app.exception_handler(RequestError)(_request_error)
     app.exception_handler(RequestValidationError)(_validation_error)
+    app.exception_handler(Exception)(_own_error)
     _add_queries(app)
     _add_pictures(app)
     _add_pages(app)
@@ -101,54 +126,63 @@ def _add_queries(app: FastAPI) -> None:
         await services.check()
         return Health(status="ok", model_hash=services.model_hash, num_chips=services.retrieval.index.meta.num_rows)
 
-    @app.post("/v1/search")
+    @app.post("/v1/search", dependencies=KEYED)
     async def search(request: SearchRequest, services: Provided) -> SearchResponse:
         """Chips that fit a text, a picture or a chip, narrowed by place, date, scale and kind before the search."""
         return await services.search(request)
 
-    @app.post("/v1/localize")
+    @app.post("/v1/localize", dependencies=KEYED)
     async def localize(request: LocalizeRequest, services: Provided) -> LocalizeResponse:
         """Where in a picture or chip each text is."""
         return await services.localize(request)
 
-    @app.post("/v1/embed")
+    @app.post("/v1/embed", dependencies=KEYED)
     async def embed(request: EmbedRequest, services: Provided) -> EmbedResponse:
         """Unit vectors of texts and pictures, comparable by their dot product."""
         return await services.embed(request)
 
-    @app.post("/v1/caption")
+    @app.post("/v1/caption", dependencies=KEYED)
     async def caption(request: CaptionRequest, services: Provided) -> CaptionResponse:
         """What the model itself says about a picture or chip."""
         return await services.caption(request)
 
-    @app.post("/predict")
+    @app.post("/predict", dependencies=KEYED)
     async def predict(request: PredictRequest, services: Provided) -> PredictResponse:
         """Embeddings or scores in the form of the closed product."""
         return await services.predict(request)
 
-    @app.get("/v1/stats")
-    async def stats(services: Provided) -> dict[str, Any]:
+    @app.get("/v1/stats", dependencies=KEYED)
+    async def stats(services: Provided) -> Stats:
         """What is served: artifacts, model, number of chips, kinds of landmarks, scenes with bounds and zooms."""
-        return services.stats()
+        return Stats.model_validate(services.stats())
 
 
 def _add_pictures(app: FastAPI) -> None:
-    @app.get("/chips/{chip_id}.jpg", response_class=Response, responses={200: PICTURE})
+    @app.get("/chips/{chip_id}.jpg", response_class=Response, responses={200: PICTURE}, dependencies=KEYED)
     async def chip(chip_id: ChipIdInPath, services: Provided) -> Response:
         """The picture of a chip."""
         return Response(await services.chip_image(chip_id), media_type="image/jpeg", headers=CACHED)
 
-    @app.get("/heatmaps/{chip_id}.png", response_class=Response, responses={200: PICTURE})
+    @app.get("/heatmaps/{chip_id}.png", response_class=Response, responses={200: PICTURE}, dependencies=KEYED)
     async def heatmap(
-        chip_id: ChipIdInPath, services: Provided, text: QueryText = None, like: QueryChip = None
+        chip_id: ChipIdInPath,
+        services: Provided,
+        text: QueryText = None,
+        like: QueryChip = None,
+        without: QueryTexts = None,
     ) -> Response:
         """Transparent overlay of where in a chip a text is, or what resembles another chip."""
-        scores_HW = await services.heatmap(chip_id, text, like)
+        scores_HW = await services.heatmap(chip_id, text, like, without or [])
         return Response(heatmap_png(scores_HW), media_type="image/png", headers=CACHED)
 
-    @app.get("/tiles/{scene}/{z}/{x}/{y}.{form}", response_class=Response, responses={200: PICTURE, 204: {}})
+    @app.get(
+        "/tiles/{scene}/{z}/{x}/{y}.{form}",
+        response_class=Response,
+        responses={200: PICTURE, 204: {"description": "The scene has no pixels here"}},
+        dependencies=KEYED,
+    )
     async def tile(
-        scene: ChipIdInPath, z: int, x: int, y: int, form: Literal["jpg", "png"], services: Provided
+        scene: SceneInPath, z: TileNumber, x: TileNumber, y: TileNumber, form: TileForm, services: Provided
     ) -> Response:
         """Web-mercator tile of a scene, 256 px; 204 where the scene has no pixels."""
         data = await services.tile(scene, z, x, y, form)
@@ -176,8 +210,13 @@ def _maplibre_folder() -> Path:
 
 async def _request_error(_: HttpRequest, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    headers = {"retry-after": "2"} if error.status == 503 else None
+    headers = {"retry-after": str(RETRY_AFTER_S)} if error.status == 503 else None
     return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+
+
+async def _own_error(_: HttpRequest, __: Exception) -> JSONResponse:
+    """What an error of ours looks like from outside; the guard logs it, with its traceback."""
+    return JSONResponse({"detail": "an error of ours; the server's log has it under this X-Request-Id"}, 500)
 
 
 async def _validation_error(_: HttpRequest, error: Exception) -> JSONResponse:

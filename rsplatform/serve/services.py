@@ -5,35 +5,38 @@ server) and spread over replicas (app.py). Errors a caller can mend leave as `Re
 """
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from rasterio.errors import RasterioIOError
 
 from rsplatform.index.store import Hit
-from rsplatform.model.embedder import Embedder
-from rsplatform.model.preprocess import decode_image
-from rsplatform.serve.api import (
-    MAX_IMAGE_PIXELS,
+from rsplatform.serve.api import ReadAs, SearchRequest, SearchResponse, Spot
+from rsplatform.serve.api_pictures import (
     CaptionRequest,
     CaptionResponse,
     EmbedRequest,
     EmbedResponse,
     LocalizeRequest,
     LocalizeResponse,
-    SearchRequest,
-    SearchResponse,
     TextMap,
-    image_bytes,
 )
-from rsplatform.serve.captioning import greedy_caption
-from rsplatform.serve.localization import Localization, find_peak, regions_geojson
+from rsplatform.serve.batching import Batcher
+from rsplatform.serve.catalogue import corners
+from rsplatform.serve.localization import Look, find_peak, regions_geojson
+from rsplatform.serve.pictures import Decoding, Picture, known_m, scene_picture, sent_picture, text_mask
 from rsplatform.serve.predict import PredictRequest, PredictResponse, predictions
-from rsplatform.serve.retrieval import Retrieval, heatmap_url
+from rsplatform.serve.query import Query, query_vector, read_query
+from rsplatform.serve.record import stage
+from rsplatform.serve.retrieval import Retrieval, heatmap_url, spot
 from rsplatform.serve.tiles import Tiles
+from rsplatform.serve.vision import Described, LocalVisionWork, VisionWork
+
+# Texts of one forward; queries of many requests share it.
+MAX_TEXT_BATCH = 32
 
 
 class RequestError(Exception):
@@ -43,38 +46,6 @@ class RequestError(Exception):
         super().__init__(detail)
         self.status = status
         self.detail = detail
-
-
-class VisionWork(Protocol):
-    """The heavy work on pictures, here or in another replica. Distances are metres a pixel, NaN where unknown."""
-
-    async def maps(
-        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
-    ) -> list[np.ndarray]:
-        """Maps (C, H, W) of each picture for each query vector."""
-        ...
-
-    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
-        """The model's own words for a picture."""
-        ...
-
-
-class LocalVisionWork:
-    """`VisionWork` in threads of this process."""
-
-    def __init__(self, embedder: Embedder, window: int = 3) -> None:
-        self.embedder = embedder
-        self._localization = Localization(embedder, window)
-
-    async def maps(
-        self, images: Sequence[bytes], queries_CE: np.ndarray, ground_sample_distances_m: Sequence[float]
-    ) -> list[np.ndarray]:
-        """See VisionWork."""
-        return await asyncio.to_thread(self._localization.maps, images, queries_CE, ground_sample_distances_m)
-
-    async def caption(self, image: bytes, ground_sample_distance_m: float) -> str:
-        """See VisionWork."""
-        return await asyncio.to_thread(greedy_caption, self.embedder, image, ground_sample_distance_m)
 
 
 EncodeText = Callable[[str], Awaitable[np.ndarray]]
@@ -88,48 +59,57 @@ class Services:
     tiles: Tiles
     encode_text: EncodeText
     vision: VisionWork
+    decoding: Decoding = field(default_factory=Decoding)
+    version: str = "stable"
 
     async def search(self, request: SearchRequest) -> SearchResponse:
         """The k best chips; with `localize`, where in each of them."""
-        vector_E = await self._query_vector(request.text, request.image, request.chip_id)
-        hits = await asyncio.to_thread(self.retrieval.search, request, vector_E)
-        results = [self.retrieval.result(hit, request) for hit in hits]
+        read = _read(request.text, request.without)
+        vector_E = await self._query_vector(read, request.image, request.chip_id)
+        with stage("search"):
+            hits = await asyncio.to_thread(self.retrieval.search, request, vector_E)
+        results = [self.retrieval.result(hit, request, self.version) for hit in hits]
         if request.localize and hits:
-            images = await asyncio.to_thread(self.retrieval.chip_images, hits)
-            maps = await self.vision.maps(images, vector_E[None], [_distance_m(hit) for hit in hits])
-            spots = [self.retrieval.spot(find_peak(m[0]), hit) for m, hit in zip(maps, hits, strict=True)]
+            spots = await self._spots(hits, vector_E)
             results = [r.model_copy(update={"spot": s}) for r, s in zip(results, spots, strict=True)]
-        return SearchResponse(results=results, model_hash=self.model_hash)
+        read_as = ReadAs(wanted=list(read.wanted), unwanted=list(read.unwanted))
+        return SearchResponse(results=results, read_as=read_as, model_hash=self.model_hash)
 
     async def localize(self, request: LocalizeRequest) -> LocalizeResponse:
-        """Where in a picture or chip the texts are."""
-        if request.output == "geojson" and request.chip_id is None:
-            raise RequestError(422, "an uploaded picture has no place on Earth: use a chip_id, or output scores")
-        hit, image = await self._picture(request.image, request.chip_id)
+        """Where in a picture, a chip or a box of a scene the texts are."""
+        picture = await self._picture_of(request)
         texts_CE = await self._encode(request.texts)
-        maps_CHW = (await self.vision.maps([image], texts_CE, [_distance_m(hit)]))[0]
-        if hit and request.output == "geojson":
-            place = self.retrieval.catalogue.place
-            collection = regions_geojson(maps_CHW, request.texts, lambda row, column: place(hit, row, column))
-            return LocalizeResponse(geojson=collection, model_hash=self.model_hash)
+        look = Look(picture.data, texts_CE, picture.ground_sample_distance_m, as_it_is=picture.is_window)
+        return await asyncio.to_thread(self._localized, request, picture, (await self._maps([look]))[0])
+
+    def _localized(self, request: LocalizeRequest, picture: Picture, maps_CHW: np.ndarray) -> LocalizeResponse:
+        place = picture.place
+        answer: dict[str, Any] = {"corners_lonlat": corners(place) if place else None, "model_hash": self.model_hash}
+        if place and request.output == "geojson":
+            return LocalizeResponse(geojson=regions_geojson(maps_CHW, request.texts, place), **answer)
+        pairs = list(zip(request.texts, maps_CHW, strict=True))
+        if request.output == "mask":
+            size_px = picture.mask_size_px()
+            return LocalizeResponse(masks=[text_mask(*pair, size_px, place) for pair in pairs], **answer)
         maps = [
             TextMap(
                 text=text,
                 scores=scores_HW.tolist(),
-                spot=self.retrieval.spot(find_peak(scores_HW), hit),
-                heatmap_url=heatmap_url(hit.id, text) if hit else None,
+                spot=spot(find_peak(scores_HW), place),
+                heatmap_url=heatmap_url(request.chip_id, self.version, text) if request.chip_id else None,
             )
-            for text, scores_HW in zip(request.texts, maps_CHW, strict=True)
+            for text, scores_HW in pairs
         ]
-        return LocalizeResponse(maps=maps, model_hash=self.model_hash)
+        return LocalizeResponse(maps=maps, **answer)
 
-    async def heatmap(self, chip_id: str, text: str | None, like: str | None) -> np.ndarray:
-        """Scores (H, W) of a chip for a text, or for likeness to another chip."""
+    async def heatmap(self, chip_id: str, text: str | None, like: str | None, without: list[str]) -> np.ndarray:
+        """Scores (H, W) of a chip for a text, or for likeness to another chip, as a search for the same ranks it."""
         if (text is None) == (like is None):
             raise RequestError(422, "give exactly one of text and like")
-        vector_E = await self._query_vector(text, None, like)
-        hit, image = await self._picture(None, chip_id)
-        return (await self.vision.maps([image], vector_E[None], [_distance_m(hit)]))[0][0]
+        vector_E = await self._query_vector(_read(text, without), None, like)
+        picture = await self._chip_picture(chip_id)
+        look = Look(picture.data, vector_E[None], picture.ground_sample_distance_m)
+        return (await self._maps([look]))[0][0]
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         """Unit vectors of texts and pictures."""
@@ -141,8 +121,9 @@ class Services:
 
     async def caption(self, request: CaptionRequest) -> CaptionResponse:
         """The generative pass of the model over a picture or chip."""
-        hit, image = await self._picture(request.image, request.chip_id)
-        caption = await self.vision.caption(image, _distance_m(hit))
+        picture = await self._picture_of(request)
+        with stage("caption"):
+            caption = await self.vision.caption(Described(picture.data, picture.ground_sample_distance_m))
         return CaptionResponse(caption=caption, model_hash=self.model_hash)
 
     async def predict(self, request: PredictRequest) -> PredictResponse:
@@ -154,18 +135,12 @@ class Services:
 
     async def chip_image(self, chip_id: str) -> bytes:
         """JPEG of a chip."""
-        return (await self._picture(None, chip_id))[1]
+        return (await self._chip_picture(chip_id)).data
 
     async def tile(self, scene: str, zoom: int, x: int, y: int, form: str) -> bytes | None:
         """One map tile of a scene; None where it has no pixels."""
-        try:
+        with _scene_errors(scene, wrong=404), stage("tile"):
             return await asyncio.to_thread(self.tiles.read, scene, zoom, x, y, "jpg" if form == "jpg" else "png")
-        except KeyError:
-            raise RequestError(404, f"no scene {scene!r}; GET /v1/stats lists the scenes") from None
-        except ValueError as error:
-            raise RequestError(404, str(error)) from error
-        except RasterioIOError as error:
-            raise RequestError(404, f"scene {scene!r}: its raster cannot be read any more") from error
 
     def stats(self) -> dict[str, Any]:
         """What is served, and the zooms between which each scene is worth showing."""
@@ -187,63 +162,112 @@ class Services:
         """Hash of the served model."""
         return self.retrieval.index.meta.model_hash
 
-    async def _query_vector(self, text: str | None, image: str | None, chip_id: str | None) -> np.ndarray:
-        if text is not None:
-            return await self.encode_text(text)
+    async def _query_vector(self, read: Query, image: str | None, chip_id: str | None) -> np.ndarray:
+        texts_TE = await self._encode([*read.wanted, *read.unwanted])
+        wanted_PE = texts_TE[: len(read.wanted)]
         if image is not None:
-            return (await self._embed_images([image]))[0]
+            wanted_PE = await self._embed_images([image])
+        elif not read.wanted:
+            wanted_PE = (await self._chip_vector(chip_id or ""))[None]
+        return query_vector(wanted_PE, texts_TE[len(read.wanted) :])
+
+    async def _chip_vector(self, chip_id: str) -> np.ndarray:
         try:
-            return await asyncio.to_thread(self.retrieval.index.vector, chip_id or "")
+            return await asyncio.to_thread(self.retrieval.index.vector, chip_id)
         except KeyError:
             raise _no_chip(chip_id) from None
+
+    async def _spots(self, hits: list[Hit], vector_E: np.ndarray) -> list[Spot]:
+        with stage("chip_pictures"):
+            images = await asyncio.to_thread(self.retrieval.chip_images, hits)
+        pairs = zip(images, hits, strict=True)
+        maps = await self._maps([Look(image, vector_E[None], known_m(hit)) for image, hit in pairs])
+        place_of = self.retrieval.catalogue.place_of
+        return [spot(find_peak(m[0]), place_of(hit)) for m, hit in zip(maps, hits, strict=True)]
+
+    async def _maps(self, looks: list[Look]) -> list[np.ndarray]:
+        with stage("maps"):
+            return await self.vision.maps(looks)
 
     async def _encode(self, texts: Sequence[str]) -> np.ndarray:
         width = self.retrieval.index.meta.embedding_width
-        vectors = await asyncio.gather(*(self.encode_text(text) for text in texts))
+        with stage("encode_text"):
+            vectors = await asyncio.gather(*(self.encode_text(text) for text in texts))
         return np.stack(vectors) if vectors else np.empty((0, width), dtype=np.float32)
 
     async def _embed_images(self, images: Sequence[str]) -> np.ndarray:
-        def embed() -> np.ndarray:
-            return self.retrieval.embedder.embed_images([self.retrieval.picture(image) for image in images])
-
+        if not images:
+            return np.empty((0, self.retrieval.index.meta.embedding_width), dtype=np.float32)
         try:
-            return await asyncio.to_thread(embed)
+            with stage("decode"):
+                pixels = await self.decoding.run(lambda: [self.retrieval.picture(image) for image in images])
         except ValueError as error:
             raise _bad_picture(error) from error
+        with stage("encode_image"):
+            return await self.vision.embed(pixels)
 
-    async def _picture(self, image: str | None, chip_id: str | None) -> tuple[Hit | None, bytes]:
-        if image is not None:
-            data = await asyncio.to_thread(_checked_picture, image)
-            return None, data
+    async def _picture_of(self, request: LocalizeRequest | CaptionRequest) -> Picture:
+        if request.image is not None:
+            image = request.image
+            try:
+                with stage("decode"):
+                    return await self.decoding.run(lambda: sent_picture(image))
+            except ValueError as error:
+                raise _bad_picture(error) from error
+        if isinstance(request, LocalizeRequest) and request.scene_id is not None and request.bbox is not None:
+            with _scene_errors(request.scene_id, wrong=422), stage("tile"):
+                return await self.decoding.run(
+                    lambda: scene_picture(
+                        self.tiles, request.scene_id or "", request.bbox or (0, 0, 0, 0), request.gsd_m
+                    )
+                )
+        return await self._chip_picture(request.chip_id or "")
+
+    async def _chip_picture(self, chip_id: str) -> Picture:
         try:
-            hit = await asyncio.to_thread(self.retrieval.chip, chip_id or "")
+            hit = await asyncio.to_thread(self.retrieval.chip, chip_id)
         except KeyError:
             raise _no_chip(chip_id) from None
-        return hit, (await asyncio.to_thread(self.retrieval.chip_images, [hit]))[0]
+        with stage("chip_pictures"):
+            data = (await asyncio.to_thread(self.retrieval.chip_images, [hit]))[0]
+        return Picture(data, known_m(hit), self.retrieval.catalogue.place_of(hit))
 
 
-def local_services(retrieval: Retrieval, window: int = 3) -> Services:
-    """Everything in threads of this process, without batching across requests."""
-
-    async def encode_text(text: str) -> np.ndarray:
-        return (await asyncio.to_thread(retrieval.embedder.embed_texts, [text]))[0]
-
-    return Services(retrieval, Tiles(retrieval.catalogue), encode_text, LocalVisionWork(retrieval.embedder, window))
+def local_services(retrieval: Retrieval, window: int = 3, version: str = "stable") -> Services:
+    """Everything in threads of this process."""
+    vision = LocalVisionWork(retrieval.embedder, window)
+    return Services(retrieval, Tiles(retrieval.catalogue), text_batcher(retrieval), vision, version=version)
 
 
-def _distance_m(hit: Hit | None) -> float:
-    """Metres a pixel of a chip as its index knows them; NaN for an upload and where the index knows none."""
-    return math.nan if hit is None or hit.ground_sample_distance_m is None else hit.ground_sample_distance_m
+def text_batcher(retrieval: Retrieval, observe: Callable[[int], None] | None = None) -> Batcher[str, np.ndarray]:
+    """`encode_text` of Services: texts of different requests share a forward; `observe` hears each batch's size."""
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return list(retrieval.embedder.embed_texts(texts))
+
+    return Batcher(encode, MAX_TEXT_BATCH, observe)
 
 
-def _checked_picture(image: str) -> bytes:
-    """The bytes of a request's picture, decoded once here, so that no other replica meets a bad one."""
+def _read(text: str | None, without: Sequence[str]) -> Query:
+    """What a request wants and what not; texts of URLs come here unchecked."""
     try:
-        data = image_bytes(image)
-        decode_image(data, max_pixels=MAX_IMAGE_PIXELS)
+        read = read_query(text) if text is not None else Query(())
     except ValueError as error:
-        raise _bad_picture(error) from error
-    return data
+        raise RequestError(422, f"text: {error}") from error
+    return Query(read.wanted, (*read.unwanted, *without))
+
+
+@contextlib.contextmanager
+def _scene_errors(scene: str, wrong: int) -> Iterator[None]:
+    """Errors of tiles.py as answers; `wrong` is the status for numbers that name no place of the scene."""
+    try:
+        yield
+    except KeyError:
+        raise RequestError(404, f"no scene {scene!r}; GET /v1/stats lists the scenes") from None
+    except ValueError as error:
+        raise RequestError(wrong, str(error)) from error
+    except RasterioIOError as error:
+        raise RequestError(404, f"scene {scene!r}: its raster cannot be read any more") from error
 
 
 def _bad_picture(error: Exception) -> RequestError:

@@ -14,12 +14,17 @@ import rasterio
 from rio_tiler.errors import TileOutsideBounds
 from rio_tiler.io import Reader
 
+from rsplatform.geo import BoundsLonLat, distance_m
 from rsplatform.serve.catalogue import Catalogue
 from rsplatform.storage import gdal_path
 
 TILE_SIZE_PX = 256
 MAX_OPEN_SCENES = 16
 MAX_ZOOM = 24
+# A box of a scene that is looked at as one picture.
+MIN_WINDOW_PX = 16
+MAX_WINDOW_PIXELS = 4 * 10**6
+WGS84 = "EPSG:4326"
 
 
 class Tiles:
@@ -51,6 +56,35 @@ class Tiles:
             return image.render(img_format="JPEG", add_mask=False, quality=85)
         return image.render(img_format="PNG", add_mask=True, zlevel=1)
 
+    def window(self, scene: str, bounds_lonlat: BoundsLonLat, ground_sample_distance_m: float) -> bytes:
+        """PNG of a box of a scene, north up, with pixels of so many metres; what the scene lacks is black.
+
+        Raises:
+            KeyError: no such scene.
+            ValueError: the box lies outside of the scene, or holds too few or too many pixels.
+            rasterio.errors.RasterioIOError: the raster cannot be opened or read any more.
+        """
+        entry = self.catalogue.scenes[scene]
+        west, south, east, north = bounds_lonlat
+        inside = entry.bounds_lonlat
+        if west >= east or south >= north or not _touch(bounds_lonlat, inside):
+            raise ValueError(f"bbox: expected a box with west < east that touches the scene, {list(inside)}")
+        height = round(distance_m((west, south), (west, north)) / ground_sample_distance_m)
+        middle = (south + north) / 2
+        width = round(distance_m((west, middle), (east, middle)) / ground_sample_distance_m)
+        if not (min(height, width) >= MIN_WINDOW_PX and height * width <= MAX_WINDOW_PIXELS):
+            raise ValueError(
+                f"bbox: {height} × {width} px at {ground_sample_distance_m:g} m; each side needs at least "
+                f"{MIN_WINDOW_PX} px and both together at most {MAX_WINDOW_PIXELS}: change bbox or gsd_m"
+            )
+        reader = self._open(scene).reader
+        image = reader.part(
+            bounds_lonlat, bounds_crs=WGS84, dst_crs=WGS84, indexes=entry.bands, height=height, width=width
+        )
+        if entry.stretch is not None:
+            image.rescale(in_range=list(entry.stretch))
+        return image.render(img_format="PNG", add_mask=False, zlevel=1)
+
     def zooms(self, scene: str) -> tuple[int, int]:
         """The zooms at which the scene fills about one tile, and at which one tile pixel is one of its own."""
         entry = self.catalogue.scenes[scene]
@@ -79,3 +113,7 @@ class _OpenScene:
 
     dataset: Any
     reader: Reader
+
+
+def _touch(a: BoundsLonLat, b: BoundsLonLat) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -16,9 +16,8 @@ from tiny_service import CHIPS, INDEX, MODEL, SCENE, make_all, tiny_cluster
 
 from rsplatform.artifacts import Artifact
 from rsplatform.config import ConfigError
-from rsplatform.serve.app import Served, guard
 from rsplatform.serve.client import ApiError, Client
-from rsplatform.serve.deployment import ServeConfig, serving
+from rsplatform.serve.deployment import ServeConfig, served_by, serving
 
 pytestmark = pytest.mark.ray
 
@@ -109,8 +108,7 @@ def test_another_host_name_is_refused(base_url: str) -> None:
 def test_replicas_use_the_gpu_that_the_cluster_file_grants_them(served_root: str) -> None:
     for gpus, device in ((0, "cpu"), (0.25, "cuda")):
         cluster = tiny_cluster(served_root, serve={"gpus_per_replica": gpus})
-        served = Served(cluster, MODEL, INDEX, CHIPS, guard(1000, 1), window=3, request_timeout_s=1)
-        assert served.device == device
+        assert served_by(CONFIG, cluster).device == device
 
 
 def test_an_open_address_is_refused_before_anything_starts(served_root: str) -> None:

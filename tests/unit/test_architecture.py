@@ -39,6 +39,8 @@ RAY_RIM = {
     "train/sweep.py",
     "index/build.py",
     "serve/app.py",
+    "serve/replicas.py",
+    "serve/metrics.py",
 }
 MLFLOW_RIM = {"tracking.py"}
 DEEPSPEED_RIM = {"train/deepspeed.py"}

@@ -15,9 +15,10 @@ from PIL import Image
 from tiny_service import CHIPS, HOSTILE_CAPTION, INDEX, MODEL, SCENE, make_all, make_model, tiny_cluster
 
 from rsplatform.config import ConfigError
+from rsplatform.serve.guard import Guarded
+from rsplatform.serve.query import query_vector
 from rsplatform.serve.retrieval import Retrieval
 from rsplatform.serve.routes import build_app
-from rsplatform.serve.security import Guarded
 from rsplatform.serve.services import local_services
 
 CHIP = f"{SCENE}-0003"
@@ -108,6 +109,56 @@ def test_localize_gives_scores_and_regions(app: Any, retrieval: Retrieval) -> No
     assert np.array(upload["scores"]).shape == (8, 20) and upload["spot"]["peak_lonlat"] is None
 
 
+def test_a_box_of_a_scene_is_looked_at_like_a_picture_that_lies_on_earth(app: Any, retrieval: Retrieval) -> None:
+    west, south, east, north = retrieval.catalogue.scenes[SCENE].bounds_lonlat
+    middle = [(west + east) / 2, (south + north) / 2]
+    bbox = [west, middle[1], middle[0], north]
+    body = {"scene_id": SCENE, "bbox": bbox, "texts": ["road", "water"]}
+    answer = post(app, "/v1/localize", body).json()
+    rows, columns = np.array(answer["maps"][0]["scores"]).shape
+    assert abs(rows - 32) <= 1 and abs(columns - 32) <= 1  # a quarter of 512 px in patches of 8 px
+    for item in answer["maps"]:
+        longitude, latitude = item["spot"]["peak_lonlat"]
+        assert bbox[0] <= longitude <= bbox[2] and bbox[1] <= latitude <= bbox[3] and item["heatmap_url"] is None
+    assert np.allclose(answer["corners_lonlat"], [bbox[:1] + bbox[3:], bbox[2:], [bbox[2], bbox[1]], bbox[:2]])
+    coarse = post(app, "/v1/localize", body | {"gsd_m": 4}).json()["maps"][0]["scores"]
+    assert abs(len(coarse) - 16) <= 1
+    regions = post(app, "/v1/localize", body | {"output": "geojson"}).json()["geojson"]["features"]
+    assert {feature["properties"]["text"] for feature in regions} == {"road", "water"}
+
+
+def test_a_mask_has_the_size_of_the_picture_and_marks_the_peak(app: Any) -> None:
+    for picture_of, size in (({"chip_id": CHIP}, (64, 64)), ({"image": picture((64, 160))}, (160, 64))):
+        answer = post(app, "/v1/localize", picture_of | {"texts": ["road"], "output": "mask"}).json()
+        (found,) = answer["masks"]
+        mask_HW = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["mask"]))))
+        assert mask_HW.shape == size[::-1] == (found["height_px"], found["width_px"])
+        assert set(np.unique(mask_HW)) == {0, 255}
+        row, column = (int(part * side) for part, side in zip(found["spot"]["peak_fraction"], size[::-1], strict=True))
+        assert mask_HW[row, column] == 255
+
+
+def test_what_is_not_wanted_is_taken_away_from_the_query(app: Any, retrieval: Retrieval) -> None:
+    written = post(app, "/v1/search", {"text": "a harbour, not a stadium or water", "k": 64}).json()
+    assert written["read_as"] == {"wanted": ["a harbour"], "unwanted": ["a stadium", "water"]}
+    spelled = post(app, "/v1/search", {"text": "a harbour", "without": ["a stadium", "water"], "k": 64}).json()
+    assert spelled["results"] == written["results"]
+    harbour_E, stadium_E, water_E = retrieval.embedder.embed_texts(["a harbour", "a stadium", "water"])
+    vector_E = query_vector(harbour_E[None], np.stack([stadium_E, water_E]))
+    best = retrieval.index.search(vector_E, 1)[0]
+    assert written["results"][0]["chip_id"] == best.id and np.linalg.norm(vector_E) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_heatmap_of_a_hit_shows_the_whole_query(app: Any) -> None:
+    body = {"text": "road, not water", "without": ["a stadium"], "k": 1, "localize": True}
+    (hit,) = post(app, "/v1/search", body).json()["results"]
+    scores = {}
+    for name, extra in {"same": "", "plain": None}.items():
+        url = hit["heatmap_url"] if extra == "" else f"/heatmaps/{hit['chip_id']}.png?text=road"
+        scores[name] = request(app, "GET", url).content
+    assert "without=a+stadium" in hit["heatmap_url"] and scores["same"] != scores["plain"]
+
+
 def test_embed_predict_and_caption(app: Any, retrieval: Retrieval) -> None:
     image = picture()
     vectors = post(app, "/v1/embed", {"texts": ["road"], "images": [image]}).json()
@@ -153,6 +204,12 @@ BAD_BODIES = [
     ("/v1/search", [], "dictionary"),
     ("/v1/localize", {"chip_id": CHIP, "texts": []}, "texts"),
     ("/v1/localize", {"image": "AAAA", "texts": ["a"], "output": "geojson"}, "no place on Earth"),
+    ("/v1/localize", {"scene_id": SCENE, "texts": ["a"]}, "together"),
+    ("/v1/localize", {"chip_id": CHIP, "gsd_m": 1, "texts": ["a"]}, "gsd_m"),
+    ("/v1/localize", {"scene_id": SCENE, "bbox": [0, 0, 1, 1], "texts": ["a"]}, "touches the scene"),
+    ("/v1/localize", {"scene_id": SCENE, "bbox": [-179, -80, 179, 80], "texts": ["a"]}, "at most"),
+    ("/v1/search", {"text": "not a marina"}, "say also what to look for"),
+    ("/v1/search", {"text": "a", "without": ["a"] * 9}, "without"),
     ("/v1/embed", {}, "at least one"),
     ("/predict", {"instances": []}, "instances"),
     ("/predict", {"instances": [{"texts": ["a"]}]}, "instance"),

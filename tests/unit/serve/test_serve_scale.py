@@ -9,7 +9,8 @@ import tiny_service
 import torch
 
 from rsplatform.cluster import Cluster
-from rsplatform.serve.api import CaptionRequest, LocalizeRequest, SearchRequest
+from rsplatform.serve.api import SearchRequest
+from rsplatform.serve.api_pictures import CaptionRequest, LocalizeRequest
 from rsplatform.serve.localization import Localization
 from rsplatform.serve.retrieval import Retrieval
 from rsplatform.serve.services import Services, local_services
@@ -43,7 +44,7 @@ def test_every_answer_about_a_chip_tells_the_model_its_scale(services: Services)
     answers = {
         "search": (services.search(SearchRequest(text="a stadium", k=3, localize=True)), SEEN_M),
         "localize": (services.localize(LocalizeRequest(chip_id=chip_id, texts=["a road"])), SEEN_M),
-        "heatmap": (services.heatmap(chip_id, "a road", None), SEEN_M),
+        "heatmap": (services.heatmap(chip_id, "a road", None, []), SEEN_M),
         "caption": (services.caption(CaptionRequest(chip_id=chip_id)), SEEN_M),
         "upload": (services.localize(LocalizeRequest(image=upload, texts=["a road"])), UNKNOWN),
         "upload's caption": (services.caption(CaptionRequest(image=upload)), UNKNOWN),

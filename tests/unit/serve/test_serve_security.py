@@ -8,7 +8,8 @@ import pytest
 from starlette.types import Message
 
 from rsplatform.config import ConfigError
-from rsplatform.serve.security import KEYS_VARIABLE, Guard, Guarded, check_address, is_loopback, key_hashes
+from rsplatform.serve.guard import Guard, Guarded
+from rsplatform.serve.security import KEYS_VARIABLE, check_address, is_loopback, key_hashes
 
 KEY = "a long and secret key"
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
@@ -22,7 +23,12 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 def call(limits: Guarded, messages: list[Message], headers: dict[str, str] | None = None, path: str = "/v1/x") -> Any:
     given = {"host": "127.0.0.1:8000"} | (headers or {})
-    scope = {"type": "http", "path": path, "headers": [(k.encode(), v.encode()) for k, v in given.items()]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(k.encode(), v.encode()) for k, v in given.items()],
+    }
     sent: list[Any] = []
 
     async def receive() -> Message:
@@ -92,6 +98,10 @@ def test_an_open_server_listens_on_loopback_only(monkeypatch: pytest.MonkeyPatch
         check_address(host, (HASH,))
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     with pytest.raises(ConfigError, match="every interface"):
+        check_address("127.0.0.1", ())
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY")
+    monkeypatch.setenv("RAY_SERVE_DEFAULT_HTTP_HOST", "0.0.0.0")
+    with pytest.raises(ConfigError, match="RAY_SERVE_DEFAULT_HTTP_HOST"):
         check_address("127.0.0.1", ())
     assert not is_loopback("127.0.0.1.evil.example")
 
