@@ -17,7 +17,7 @@ from rich.progress import track
 
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.config import ModelArtifact, StageConfig
 from rsplatform.evaluate import figures
 from rsplatform.evaluate.benchmarks import (
     Benchmark,
@@ -52,7 +52,7 @@ LogPicture = Callable[[Figure, str], None]
 class EvaluateConfig(StageConfig):
     """A model and the benchmarks to score it on; `window` is smooth attention's, in patches (our default: 3)."""
 
-    model: InputArtifact
+    model: ModelArtifact
     benchmarks: list[Benchmark] = Field(min_length=1)
     window: Annotated[SmoothWindow, Field(ge=3)] = 3
 

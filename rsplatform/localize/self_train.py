@@ -19,7 +19,7 @@ from rich.progress import track
 from rsplatform import storage, tracking
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, InputArtifact, StageConfig
+from rsplatform.config import ChipsArtifact, ConfigError, DatasetArtifact, ModelArtifact, StageConfig
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import SampleStore, open_table
 from rsplatform.localize.pseudo_labels import PseudoLabelRule, patch_loss
@@ -50,9 +50,9 @@ class SelfTrainConfig(StageConfig):
     measure agreement).
     """
 
-    model: InputArtifact
-    dataset: InputArtifact
-    chips: InputArtifact
+    model: ModelArtifact
+    dataset: DatasetArtifact
+    chips: ChipsArtifact
     classes: list[Sought] = Field(min_length=1)
     background_prompts: list[str] = Field(min_length=1)
     rounds: int = Field(default=3, ge=1)

@@ -7,13 +7,14 @@ the server answers, so that it stands while the server runs. A server that was r
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Annotated
 
 import httpx
 from pydantic import Field
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.config import ChipsArtifact, InputArtifact, ModelArtifact, StageConfig, of_kind
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.serve.app import Served, guard, running, stop_signal
 from rsplatform.stage import finished, open_stage
@@ -23,9 +24,9 @@ from rsplatform.storage import write_bytes, write_json
 class ServeConfig(StageConfig):
     """What is served, and the limits of one request. Where it listens is the cluster file's `serve`."""
 
-    model: InputArtifact
-    index: InputArtifact
-    chips: InputArtifact
+    model: ModelArtifact
+    index: Annotated[InputArtifact, of_kind("index")]
+    chips: ChipsArtifact
     smooth_attention_window: SmoothWindow = 3
     max_body_bytes: int = Field(default=12 * 2**20, ge=1024)
     max_body_seconds: float = Field(default=20, gt=0)

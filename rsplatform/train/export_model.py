@@ -7,12 +7,12 @@ that layout, if asked for. Bit-equal copies: nothing is rounded or renamed in `m
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact, open_artifact, verify
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, InputArtifact, StageConfig
+from rsplatform.config import ConfigError, InputArtifact, ModelArtifact, StageConfig, of_kind
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.openmammut_export import layout_config, save_openmammut
 from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, load_model
@@ -29,8 +29,8 @@ class ExportModelConfig(StageConfig):
     `licence`: an identifier such as apache-2.0; left out, the card says that none is chosen.
     """
 
-    model: InputArtifact
-    evaluations: list[InputArtifact] = []
+    model: ModelArtifact
+    evaluations: list[Annotated[InputArtifact, of_kind("evaluation")]] = []
     openmammut: bool = False
     title: str | None = None
     licence: str | None = None
