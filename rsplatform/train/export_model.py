@@ -110,11 +110,12 @@ def _lineage(root: str, ref: str) -> list[TrainingInput]:
 
 
 def _attributions(artifact: Artifact) -> tuple[str, ...]:
-    """Whose imagery chips were cut from."""
+    """Whose imagery chips were cut from, and whose maps say what they show."""
     if not storage.exists(artifact.path(SCENES_FILE)):
         return ()
     scenes = artifact.read_json(SCENES_FILE)
-    return tuple(sorted({scene["attribution"] for scene in scenes if scene.get("attribution")}))
+    credits = {text for scene in scenes for text in (scene["attribution"], *scene.get("landmark_attributions", []))}
+    return tuple(sorted(credits - {""}))
 
 
 def _numbers(root: str, ref: str, model_hash: str) -> list[BenchmarkNumber]:
