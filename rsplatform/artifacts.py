@@ -2,11 +2,12 @@
 
 The manifest is written last and atomically: config, inputs with fingerprints, counts with drops by reason, git
 sha, package versions, MLflow run id, checksums. A folder without one is unfinished: it is resumed by the same
-recipe and refused for another. This module moves no pixels and knows no stage.
+recipe and refused for another, once something was made in it. This module moves no pixels and knows no stage.
 """
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 # Above this size a checksum would read the data again; the size is recorded instead.
 CHECKSUM_LIMIT_BYTES = 256 * 2**20
+# What says who began an artifact with what (recipe, raw inputs, lease): nothing that was made.
+_CLAIMS = re.compile(r"recipe\.json|raw_inputs\.json|work/\.?lease\.json[^/]*")
 
 
 class ArtifactError(ValueError):
@@ -107,11 +110,12 @@ def begin(artifact: Artifact, recipe: dict[str, Any], as_now: AsNow = as_stored)
 
     Raises:
         ArtifactError: the folder was made or begun by another recipe; the message lists the differences.
+            One that was begun, and in which nothing was made, is begun anew.
     """
     check_recipe(artifact, recipe, as_now)
     if artifact.is_finished:
         return artifact.manifest()
-    if not storage.exists(artifact.path(RECIPE)):
+    if known_recipe(artifact) is None or _changes(artifact, recipe, as_now):
         storage.write_json(artifact.path(RECIPE), {"identity": recipe, "begun": _now()})
     return None
 
@@ -122,11 +126,25 @@ def check_recipe(artifact: Artifact, recipe: dict[str, Any], as_now: AsNow = as_
     `as_now` reads a stored recipe as today's code does: fields that it has got since are at their defaults.
 
     Raises:
-        ArtifactError: they differ; the message lists the differences.
+        ArtifactError: they differ, and something was made; the message lists the differences.
     """
+    differences = _changes(artifact, recipe, as_now)
+    if differences and not is_only_claimed(artifact):
+        state = "finished" if artifact.is_finished else "begun"
+        raise ArtifactError(
+            f"{artifact.uri} was {state} with another recipe: {'; '.join(differences)}. "
+            f"Name a new version in `output`, or delete the folder"
+        )
+
+
+def is_only_claimed(artifact: Artifact) -> bool:
+    """Whether nothing was made in the folder yet: a job that failed before has left its recipe, and no more."""
+    return all(_CLAIMS.fullmatch(name) for name in storage.list_files(artifact.uri))
+
+
+def _changes(artifact: Artifact, recipe: dict[str, Any], as_now: AsNow) -> list[str]:
     known = known_recipe(artifact)
-    if known is not None:
-        _refuse_difference(artifact, known | {"config": as_now(known["config"])}, recipe)
+    return [] if known is None else difference(known | {"config": as_now(known["config"])}, _jsonable(recipe))
 
 
 def known_recipe(artifact: Artifact) -> dict[str, Any] | None:
@@ -234,16 +252,6 @@ def _checksum(uri: str, size: int) -> str:
         while block := stream.read(2**20):
             digest.update(block)
     return f"sha256:{digest.hexdigest()}"
-
-
-def _refuse_difference(artifact: Artifact, old: dict[str, Any], new: dict[str, Any]) -> None:
-    differences = difference(old, _jsonable(new))
-    if differences:
-        state = "finished" if artifact.is_finished else "begun"
-        raise ArtifactError(
-            f"{artifact.uri} was {state} with another recipe: {'; '.join(differences)}. "
-            f"Name a new version in `output`, or delete the folder"
-        )
 
 
 def difference(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import yaml
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 
 class ConfigError(ValueError):
@@ -33,6 +33,17 @@ class InputMarker:
     is_artifact: bool
 
 
+def of_kind(*kinds: str) -> AfterValidator:
+    """A check that an artifact is of one of these kinds, the first part of its ref: what else would have its files?"""
+
+    def check(ref: str) -> str:
+        if ref.partition("/")[0] not in kinds:
+            raise ValueError(f"needs an artifact of kind {' or '.join(kinds)}, such as {kinds[0]}/NAME/v1")
+        return ref
+
+    return AfterValidator(check)
+
+
 @dataclass(frozen=True)
 class TemplateMarker:
     """Marks a section that is another job's recipe, but is not run as it stands: copies of it are (a sweep's trials).
@@ -44,6 +55,11 @@ class TemplateMarker:
 # "kind/name/version": the address of an artifact that a person chose.
 ArtifactRef = Annotated[str, StringConstraints(pattern=r"^[a-z_]+/[\w.-]+/[\w.-]+$")]
 InputArtifact = Annotated[ArtifactRef, InputMarker(is_artifact=True)]
+ModelArtifact = Annotated[InputArtifact, of_kind("model", "export")]
+DatasetArtifact = Annotated[InputArtifact, of_kind("dataset")]
+ChipsArtifact = Annotated[InputArtifact, of_kind("chips")]
+CaptionsArtifact = Annotated[InputArtifact, of_kind("captions")]
+IndexArtifact = Annotated[InputArtifact, of_kind("index")]
 # A file or folder: relative to the cluster file's data_root, absolute, s3://…, or artifact://kind/name/version/sub.
 InputPath = Annotated[str, StringConstraints(min_length=1), InputMarker(is_artifact=False)]
 
@@ -164,7 +180,7 @@ def validate(config_class: type[ConfigType], values: dict[str, Any], source: str
 
 
 def _describe(config_class: type[BaseModel], problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))  # a validator's
     if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
         known = sorted(_keys_at(config_class, problem["loc"][:-1]))
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)

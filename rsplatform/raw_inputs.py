@@ -18,7 +18,7 @@ from typing import Any
 import botocore.exceptions
 import pyarrow.fs as pafs
 
-from rsplatform import storage
+from rsplatform import artifacts, storage
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError, RecipeInput, SelectsFiles, StageConfig, iter_inputs
@@ -158,11 +158,11 @@ def check_unchanged(artifact: Artifact, listed: dict[str, RawInput]) -> None:
     """Compare the raw inputs with those that the artifact was begun with; writes nothing.
 
     Raises:
-        ArtifactError: files were added, removed or changed; the message names them.
+        ArtifactError: files were added, removed or changed, and something was made; the message names them.
     """
     known = artifact.read_json(RAW_INPUTS) if storage.exists(artifact.path(RAW_INPUTS)) else {}
     changes = [line for path, raw in listed.items() if path in known for line in raw.changes(known[path])]
-    if changes:
+    if changes and not artifacts.is_only_claimed(artifact):
         state = "made" if artifact.is_finished else "begun"
         raise ArtifactError(
             f"{artifact.uri} was {state} with other raw data: {'; '.join(changes)}. Name a new version in `output` for "
@@ -171,8 +171,8 @@ def check_unchanged(artifact: Artifact, listed: dict[str, RawInput]) -> None:
 
 
 def record(artifact: Artifact, listed: dict[str, RawInput]) -> None:
-    """Keep what an artifact is begun with; the first record stays."""
-    if listed and not storage.exists(artifact.path(RAW_INPUTS)):
+    """Keep what an artifact is begun with; the first record stays once something was made of it."""
+    if listed and (not storage.exists(artifact.path(RAW_INPUTS)) or artifacts.is_only_claimed(artifact)):
         storage.write_json(artifact.path(RAW_INPUTS), {path: raw.to_json() for path, raw in listed.items()})
 
 

@@ -121,7 +121,9 @@ def _bucket(uri: str) -> str:
 
 def _unreachable(uri: str, error: Exception) -> StorageError:
     reason = " ".join(str(error).split())
-    return StorageError(f"{uri}: bucket {_bucket(uri)!r} is not reachable ({reason}); create it, or fix its name or AWS_*")
+    return StorageError(
+        f"{uri}: bucket {_bucket(uri)!r} is not reachable ({reason}); create it, or fix its name or AWS_*"
+    )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pydantic import Field
 from rsplatform import storage
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, InputArtifact, StageConfig
+from rsplatform.config import ChipsArtifact, Config, StageConfig
 from rsplatform.curate.pipeline import DROP_FIELDS, Pipeline, Shard, run_pipeline
 from rsplatform.curate.template_captions import claims, write_captions
 from rsplatform.records import CAPTION_SCHEMA
@@ -34,7 +34,7 @@ class TemplateCaptioner(Config):
 class CaptionConfig(StageConfig):
     """Which chips are described, and by what."""
 
-    chips: InputArtifact
+    chips: ChipsArtifact
     captioner: TemplateCaptioner = TemplateCaptioner()
     rows_per_shard: int = Field(default=2048, ge=1)
 

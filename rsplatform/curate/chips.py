@@ -6,6 +6,7 @@ is no usable scene. Captions are the next stage's.
 
 import fnmatch
 from dataclasses import replace
+from typing import Any
 
 import lance
 from pydantic import Field, model_validator
@@ -89,8 +90,7 @@ def ingest_scenes(config: IngestScenesConfig, cluster: Cluster) -> Artifact:
         num_landmarks, landmark_drops = _store_landmarks(config, cluster, stage.artifact)
         write_drops(stage.artifact, STAGE, "scenes", scene_drops)
         write_drops(stage.artifact, "landmarks", "landmarks", landmark_drops)
-        catalogue = [scene.to_json() for scene in scenes]
-        storage.write_json(stage.artifact.path(CATALOGUE), catalogue)
+        storage.write_json(stage.artifact.path(CATALOGUE), _catalogue(config, scenes))
         shards, windows = _shards(config, scenes)
         chip_counts = run_pipeline(make_pipeline(config, stage.artifact), shards, cluster)
         num_visits = sum(len(scene.visits) for scene in scenes)
@@ -150,6 +150,12 @@ def _store_landmarks(config: IngestScenesConfig, cluster: Cluster, artifact: Art
         drops += dropped
     storage.write_bytes(artifact.path(LANDMARKS_FILE), landmark_table(landmarks))
     return len(landmarks), drops
+
+
+def _catalogue(config: IngestScenesConfig, scenes: list[Scene]) -> list[dict[str, Any]]:
+    """The scenes as JSON; each also names whom the chips' landmarks are to be credited to."""
+    credits = list(dict.fromkeys(source.attribution for source in config.landmarks if source.attribution))
+    return [scene.to_json() | {"landmark_attributions": credits} for scene in scenes]
 
 
 def _shards(config: IngestScenesConfig, scenes: list[Scene]) -> tuple[list[Shard], int]:

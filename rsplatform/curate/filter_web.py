@@ -7,7 +7,7 @@ What needs all rows, duplicates and repeated texts, is deleted from the committe
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import lance
 import numpy as np
@@ -19,7 +19,7 @@ from rich.progress import track
 from rsplatform import storage
 from rsplatform.artifacts import open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.config import InputArtifact, StageConfig, of_kind
 from rsplatform.curate.contact_sheet import (
     LabelledPicture,
     dropped_pictures,
@@ -54,7 +54,7 @@ class FilterWebConfig(StageConfig):
     """
 
     candidates: list[CandidateSource] = Field(min_length=1)
-    overhead: InputArtifact | None = None
+    overhead: Annotated[InputArtifact, of_kind("overhead")] | None = None
     evaluation_images: list[CandidateSource] = Field(default_factory=list)
     max_text_repeats: int = Field(default=20, ge=1)
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, ConfigError, InputArtifact, StageConfig
+from rsplatform.config import CaptionsArtifact, ChipsArtifact, Config, ConfigError, InputArtifact, StageConfig, of_kind
 from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.store import SAMPLES_TABLE, open_table
 from rsplatform.ledger import Drop, counts, write_drops
@@ -34,7 +34,7 @@ class CaptionSource(Config):
     """Captions by sample id, as a captioner writes them. `weight`: how often a sample draws one of these, relative to
     its other kinds of caption; within a kind each caption is drawn alike (our default: 1)."""
 
-    captions: InputArtifact
+    captions: CaptionsArtifact
     weight: float = Field(default=1.0, gt=0)
 
 
@@ -50,8 +50,8 @@ class ChipSource(Source):
     """Chips with the captions that captioners wrote for them; a chip keeps the split of its scene."""
 
     type: Literal["chips"] = "chips"
-    chips: InputArtifact
-    captions: InputArtifact | list[CaptionSource]
+    chips: ChipsArtifact
+    captions: CaptionsArtifact | list[CaptionSource]
 
     @property
     def pictures(self) -> str:
@@ -71,7 +71,7 @@ class WebSource(Source):
     """
 
     type: Literal["web"] = "web"
-    web_pairs: InputArtifact
+    web_pairs: Annotated[InputArtifact, of_kind("web_pairs")]
     captions: list[CaptionSource] = []
     own_caption_weight: float = Field(default=1.0, ge=0)
 

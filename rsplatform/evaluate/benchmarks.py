@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, ConfigError, InputArtifact, InputPath
+from rsplatform.config import Config, ConfigError, DatasetArtifact, InputPath
 from rsplatform.dataset.store import SampleStore
 from rsplatform.evaluate.classification import PROMPT
 from rsplatform.evaluate.files import bytes_of, caption_entries, label_rows, read_mask, read_picture
@@ -28,7 +28,7 @@ class DatasetRetrieval(Config):
 
     type: Literal["dataset_retrieval"] = "dataset_retrieval"
     name: str
-    dataset: InputArtifact
+    dataset: DatasetArtifact
     split: str = "val"
     max_images: int = Field(default=5000, ge=2)
 

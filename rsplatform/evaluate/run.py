@@ -17,7 +17,7 @@ from rich.progress import track
 
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.config import ModelArtifact, StageConfig
 from rsplatform.evaluate import figures
 from rsplatform.evaluate.benchmarks import (
     Benchmark,
@@ -56,7 +56,7 @@ class EvaluateConfig(StageConfig):
     With `scales`, masks are also compared with maps that average further resolutions and windows.
     """
 
-    model: InputArtifact
+    model: ModelArtifact
     benchmarks: list[Benchmark] = Field(min_length=1)
     window: Annotated[SmoothWindow, Field(ge=3)] = 3
     scales: list[MapScale] = []

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, InputArtifact, StageConfig
+from rsplatform.config import CaptionsArtifact, ChipsArtifact, ConfigError, IndexArtifact, ModelArtifact, StageConfig
 from rsplatform.curate.pipeline import Loaded, Pipeline, Shard, run_pipeline
 from rsplatform.dataset.store import open_table
 from rsplatform.index.check import check_base, check_ids
@@ -36,11 +36,11 @@ class BuildIndexConfig(StageConfig):
     on, vectors get an IVF-PQ index, and searches whose filter leaves fewer are exact.
     """
 
-    model: InputArtifact
-    chips: InputArtifact | list[ChipSource] = Field(default_factory=list)
-    captions: InputArtifact | None = None
+    model: ModelArtifact
+    chips: ChipsArtifact | list[ChipSource] = Field(default_factory=list)
+    captions: CaptionsArtifact | None = None
     folders: list[FolderSource] = Field(default_factory=list)
-    base: InputArtifact | None = None
+    base: IndexArtifact | None = None
     remove_scenes: list[str] = Field(default_factory=list)
     rows_per_shard: int = Field(default=512, ge=1)
     exact_below_rows: int = Field(default=EXACT_BELOW_ROWS, ge=256)

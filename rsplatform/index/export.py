@@ -17,7 +17,7 @@ from pydantic import Field
 from rsplatform import storage
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.config import IndexArtifact, StageConfig
 from rsplatform.index.sources import SIDES
 from rsplatform.index.stac import (
     BBOX,
@@ -41,7 +41,7 @@ STAGE = "export_index"
 class ExportIndexConfig(StageConfig):
     """`licence` is an SPDX identifier, or `proprietary` (STAC's word where none is chosen)."""
 
-    index: InputArtifact
+    index: IndexArtifact
     licence: str = Field(default="proprietary", min_length=1)
 
 

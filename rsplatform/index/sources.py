@@ -19,7 +19,7 @@ from pydantic import Field
 
 from rsplatform import storage
 from rsplatform.artifacts import open_artifact
-from rsplatform.config import Config, InputArtifact, InputPath
+from rsplatform.config import CaptionsArtifact, ChipsArtifact, Config, InputPath
 from rsplatform.curate.chip_windows import ChipWindow, corners_lonlat
 from rsplatform.curate.pipeline import DROP_FIELDS
 from rsplatform.dataset.store import open_table
@@ -41,8 +41,8 @@ class ChipSource(Config):
     """Chips of one size. `captions` only adds text to the results. `id_suffix` tells chips apart that are called alike,
     as those of another size are that were cut from the same scenes."""
 
-    chips: InputArtifact
-    captions: InputArtifact | None = None
+    chips: ChipsArtifact
+    captions: CaptionsArtifact | None = None
     id_suffix: str = Field(default="", pattern=r"^[\w.~-]*$")
 
 

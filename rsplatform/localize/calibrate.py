@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from rsplatform.config import Config, ConfigError, InputArtifact
+from rsplatform.config import CaptionsArtifact, ChipsArtifact, Config, ConfigError
 from rsplatform.curate.pipeline import DROP_FIELDS, Shard, replace_column
 from rsplatform.dataset.store import open_table
 from rsplatform.localize.picture import Scale, picture_maps
@@ -37,8 +37,8 @@ class Calibration(Config):
     (our defaults).
     """
 
-    chips: InputArtifact
-    captions: InputArtifact | None = None
+    chips: ChipsArtifact
+    captions: CaptionsArtifact | None = None
     max_images: int = Field(default=1000, ge=20)
     min_images: int = Field(default=10, ge=1)
 

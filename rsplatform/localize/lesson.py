@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rsplatform.config import ConfigError, InputArtifact, StageConfig
+from rsplatform.config import ChipsArtifact, ConfigError, DatasetArtifact, ModelArtifact, StageConfig
 from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import SAMPLES_TABLE, open_table
@@ -45,9 +45,9 @@ class LessonConfig(StageConfig):
     of the dataset names is novel, and never ruled out.
     """
 
-    model: InputArtifact
-    dataset: InputArtifact
-    chips: InputArtifact
+    model: ModelArtifact
+    dataset: DatasetArtifact
+    chips: ChipsArtifact
     classes: list[Sought] = Field(min_length=1)
     background_prompts: list[str] = Field(min_length=1)
     captions_rule_out: bool = False

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rsplatform.config import Config, InputArtifact, StageConfig
+from rsplatform.config import Config, ModelArtifact, StageConfig
 from rsplatform.localize.calibrate import Calibration
 from rsplatform.localize.decide import NO_DATA
 from rsplatform.localize.sharpen import GuidedFilter
@@ -43,7 +43,7 @@ class LocalizeConfig(StageConfig):
     picture's edges; `calibration` asks of each class more than beating the background. (Our defaults.)
     """
 
-    model: InputArtifact
+    model: ModelArtifact
     scenes: SceneSource
     classes: list[Sought] = Field(min_length=1)
     background_prompts: list[Text] = Field(min_length=1)

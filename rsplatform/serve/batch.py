@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, InputArtifact, InputPath, StageConfig
+from rsplatform.config import ConfigError, InputPath, ModelArtifact, StageConfig
 from rsplatform.curate.pipeline import DROP_FIELDS, Loaded, Pipeline, Shard, replace_column, run_pipeline
 from rsplatform.index.embed import load_embedder
 from rsplatform.model.embedder import granted_device
@@ -36,7 +36,7 @@ SCHEMA = pa.schema([("id", pa.string()), ("embedding", VALUES), ("scores", VALUE
 class PredictConfig(StageConfig):
     """What is asked of which model. `rows_per_shard` is the unit of resuming and of the JSONL files that come out."""
 
-    model: InputArtifact
+    model: ModelArtifact
     instances: InputPath
     rows_per_shard: int = Field(default=256, ge=1)
 

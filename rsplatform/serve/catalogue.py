@@ -26,7 +26,7 @@ class SceneEntry:
     grid: Grid
     ground_sample_distance_m: float
     datetime: str
-    attribution: str
+    attribution: str  # of the imagery and of the maps
     bands: tuple[int, ...]
     stretch: tuple[tuple[float, float], ...] | None  # value range per band that became 0…255 in the chips
 
@@ -93,7 +93,7 @@ def _scene(entry: dict[str, Any], resolve: Callable[[str], str]) -> SceneEntry:
         grid=scene.grid,
         ground_sample_distance_m=entry["ground_sample_distance_m"],
         datetime=scene.datetime,
-        attribution=scene.attribution,
+        attribution="; ".join(filter(None, (scene.attribution, *entry.get("landmark_attributions", [])))),
         bands=scene.visits[0].bands,
         stretch=scene.visits[0].stretch,
     )

@@ -14,7 +14,14 @@ from pydantic import Field
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, load_cluster
-from rsplatform.config import Config, InputArtifact, StageConfig, load_config
+from rsplatform.config import (
+    ChipsArtifact,
+    Config,
+    IndexArtifact,
+    ModelArtifact,
+    StageConfig,
+    load_config,
+)
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.serve.app import running, stop_signal
 from rsplatform.serve.guard import Guarded
@@ -28,8 +35,8 @@ from rsplatform.storage import write_bytes, write_json
 class Canary(Config):
     """Another model with its index over the same chips, which answers a share of the requests (`?version=canary`)."""
 
-    model: InputArtifact
-    index: InputArtifact
+    model: ModelArtifact
+    index: IndexArtifact
     weight: float = Field(default=0.05, ge=0, lt=1)
 
 
@@ -39,9 +46,9 @@ class ServeConfig(StageConfig):
     `requests_per_minute` is each API key's, all replicas together; null: no limit.
     """
 
-    model: InputArtifact
-    index: InputArtifact
-    chips: InputArtifact
+    model: ModelArtifact
+    index: IndexArtifact
+    chips: ChipsArtifact
     canary: Canary | None = None
     smooth_attention_window: SmoothWindow = 3
     max_body_bytes: int = Field(default=12 * 2**20, ge=1024)

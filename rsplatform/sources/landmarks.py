@@ -42,7 +42,8 @@ _DAMAGED = (pyogrio.errors.FeatureError, pyogrio.errors.GeometryError, shapely.e
 class LandmarkSource(Config):
     """One file of landmarks. `kind` fixes the kind of all of them; else the first filled one of `kind_columns` does.
 
-    `kinds` adds to the module's mapping. Lines and points get `width_m`, or the number in `width_column`.
+    `kinds` adds to the module's mapping. Lines and points get `width_m`, or the number in `width_column`. Whoever must
+    be credited for the map goes into `attribution`.
     """
 
     path: InputPath
@@ -53,6 +54,7 @@ class LandmarkSource(Config):
     name_column: str = "name"
     width_m: float = Field(default=8.0, gt=0)
     width_column: str = "width_m"
+    attribution: str = ""
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,8 @@ def read_window(layers: list[Layer], row: int, column: int, height: int, width: 
 def compose(name: str, scenes: list[Scene]) -> Scene:
     """One scene of several dates of a place, on the grid of the first and cut as its source says; dated as the latest.
 
+    It credits everybody whose scenes it is made of.
+
     Raises:
         ValueError: no scenes.
     """
@@ -289,4 +291,5 @@ def compose(name: str, scenes: list[Scene]) -> Scene:
     first = scenes[0]
     visits = tuple(visit for scene in scenes for visit in scene.visits)
     latest = max(scene.datetime for scene in scenes)
-    return replace(first, id=name, datetime=latest, visits=visits)
+    credits = "; ".join(dict.fromkeys(scene.attribution for scene in scenes if scene.attribution))
+    return replace(first, id=name, datetime=latest, attribution=credits, visits=visits)

@@ -34,6 +34,13 @@ from rsplatform.train.optimizer import OptimizerConfig, build_optimizer, set_lea
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
 
 
+def _check_needs(config: OptimizerConfig) -> None:
+    if not torch.distributed.is_initialized():
+        raise RuntimeError("DeepSpeedEngine needs torch.distributed.init_process_group before it")
+    if config.kind != "adamw":
+        raise ValueError(f"optimizer.kind: {config.kind} needs whole matrices, DeepSpeed keeps flat pieces; use fsdp")
+
+
 class DeepSpeedEngine:
     """One process's part of a model that DeepSpeed shards. Needs a running process group, also for one process.
 
@@ -57,12 +64,7 @@ class DeepSpeedEngine:
         freezable: Collection[str] = (),
         precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        if not torch.distributed.is_initialized():
-            raise RuntimeError("DeepSpeedEngine needs torch.distributed.init_process_group before it")
-        if config.kind != "adamw":
-            raise ValueError(
-                f"optimizer.kind: {config.kind} needs whole matrices, DeepSpeed keeps flat pieces; use fsdp"
-            )
+        _check_needs(config)
         # read at import: without it DeepSpeed looks for an accelerator extension and fails on CPU-only machines
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         os.environ.setdefault("LOCAL_RANK", "0")  # launchers of many processes, Ray Train among them, set it

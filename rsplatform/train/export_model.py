@@ -7,12 +7,12 @@ that layout, if asked for. Bit-equal copies: nothing is rounded or renamed in `m
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact, open_artifact, verify
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, InputArtifact, StageConfig
+from rsplatform.config import ConfigError, InputArtifact, ModelArtifact, StageConfig, of_kind
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.openmammut_export import layout_config, save_openmammut
 from rsplatform.model.weights import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, load_model
@@ -29,8 +29,8 @@ class ExportModelConfig(StageConfig):
     `licence`: an identifier such as apache-2.0; left out, the card says that none is chosen.
     """
 
-    model: InputArtifact
-    evaluations: list[InputArtifact] = []
+    model: ModelArtifact
+    evaluations: list[Annotated[InputArtifact, of_kind("evaluation")]] = []
     openmammut: bool = False
     title: str | None = None
     licence: str | None = None
@@ -110,11 +110,12 @@ def _lineage(root: str, ref: str) -> list[TrainingInput]:
 
 
 def _attributions(artifact: Artifact) -> tuple[str, ...]:
-    """Whose imagery chips were cut from."""
+    """Whose imagery chips were cut from, and whose maps say what they show."""
     if not storage.exists(artifact.path(SCENES_FILE)):
         return ()
     scenes = artifact.read_json(SCENES_FILE)
-    return tuple(sorted({scene["attribution"] for scene in scenes if scene.get("attribution")}))
+    credits = {text for scene in scenes for text in (scene["attribution"], *scene.get("landmark_attributions", []))}
+    return tuple(sorted(credits - {""}))
 
 
 def _numbers(root: str, ref: str, model_hash: str) -> list[BenchmarkNumber]:

@@ -134,7 +134,7 @@ def _training(facts: CardFacts) -> str:
         lines.append(_table(["made from", "holds", "manifest sha256"], rows))
     attributions = sorted({text for item in facts.inputs for text in item.attributions})
     if attributions:
-        lines.append("Attributions of the imagery: " + "; ".join(attributions))
+        lines.append("Attributions of the imagery and maps: " + "; ".join(attributions))
     lines.append(f"Code: commit `{facts.manifest['git_sha']}`, finished {facts.manifest['finished']}.")
     return "\n\n".join(lines)
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from rsplatform import storage
 from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster, TrainPlacement
-from rsplatform.config import Config, InputArtifact, InputPath, StageConfig
+from rsplatform.config import Config, DatasetArtifact, InputPath, ModelArtifact, StageConfig
 from rsplatform.model.losses import LossConfig
 from rsplatform.model.mammut import MammutConfig, mammut_config
 from rsplatform.model.sizes import ModelSize
@@ -55,12 +55,12 @@ class PretrainConfig(StageConfig):
     The newest `keep_checkpoints` stay, and for good each one whose step `keep_every_steps` divides, for `follow`.
     """
 
-    dataset: InputArtifact
+    dataset: DatasetArtifact
     split: str = "train"
     validation_split: str | None = None
     seed: int = Field(default=0, ge=0)
     model: ModelRecipe | None = None
-    start_from: InputArtifact | None = None
+    start_from: ModelArtifact | None = None
     tokenizer: InputPath | None = None
     batch_size: int = Field(ge=2)
     phases: list[Phase] = Field(min_length=1)

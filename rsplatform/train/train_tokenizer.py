@@ -13,7 +13,7 @@ from rich.console import Console
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import InputArtifact, StageConfig
+from rsplatform.config import DatasetArtifact, StageConfig
 from rsplatform.dataset.store import SampleStore
 from rsplatform.model.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from rsplatform.model.weights import TOKENIZER_FILE
@@ -27,7 +27,7 @@ MEASURED_CAPTIONS = 10_000
 class TrainTokenizerConfig(StageConfig):
     """Which captions, and how many tokens at most: special tokens, 256 bytes and learned pieces."""
 
-    datasets: list[InputArtifact] = Field(min_length=1)
+    datasets: list[DatasetArtifact] = Field(min_length=1)
     split: str = "train"
     vocab_size: int = Field(ge=SMALLEST_VOCABULARY)
 

@@ -48,10 +48,25 @@ def test_another_recipe_is_refused_with_the_difference(root: str, is_finished: b
         finish(artifact, recipe(size=64))
     else:
         artifacts.begin(artifact, recipe(size=64))
+        storage.write_bytes(artifact.path("work/part.bin"), b"rows")
     with pytest.raises(ArtifactError, match=r"config\.size: 64 → 96.*new version"):
         artifacts.begin(artifact, recipe(size=96))
     with pytest.raises(ArtifactError, match="f00d.*beef"):
         artifacts.begin(artifact, artifacts.identity({"size": 64}, {"chips/a/v1": "beef"}))
+
+
+def test_a_folder_in_which_nothing_was_made_takes_another_recipe(root: str) -> None:
+    artifact = Artifact(root, "chips/a/v1")
+    artifacts.begin(artifact, recipe(size=64))
+    artifacts.note_run(artifact, "run-1")
+    for name in ("raw_inputs.json", "work/lease.json", "work/.lease.json.0123abcd"):
+        storage.write_bytes(artifact.path(name), b"{}")
+    assert artifacts.begin(artifact, recipe(size=64)) is None and artifacts.noted_run(artifact) == "run-1"
+    assert artifacts.begin(artifact, recipe(size=96)) is None
+    assert artifacts.known_recipe(artifact) == recipe(size=96) and artifacts.noted_run(artifact) is None
+    storage.write_bytes(artifact.path("work/part-0.parquet"), b"rows")
+    with pytest.raises(ArtifactError, match=r"was begun with another recipe: config\.size: 96 → 64"):
+        artifacts.begin(artifact, recipe(size=64))
 
 
 def test_damage_and_loss_are_found(root: str) -> None:

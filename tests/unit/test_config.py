@@ -8,6 +8,8 @@ from pydantic import Field, ValidationError
 
 from rsplatform.cluster import Cluster, TrainPlacement, load_cluster
 from rsplatform.config import Config, ConfigError, InputArtifact, InputPath, StageConfig, iter_inputs, load_config
+from rsplatform.dataset.build import BuildDatasetConfig
+from rsplatform.train.export_model import ExportModelConfig
 
 
 class Schedule(Config):
@@ -51,6 +53,21 @@ def test_overrides_reach_into_lists_by_index(tmp_path: Path) -> None:
     for wrong in ("sources.2.folder=x", "sources.first.folder=x"):
         with pytest.raises(ConfigError, match="no index of a list of 2"):
             load_config(Recipe, path, [wrong])
+
+
+def test_an_artifact_of_another_kind_is_named_with_what_the_field_accepts(tmp_path: Path) -> None:
+    path = write(tmp_path, "output: dataset/a/v1\nsources: [{type: chips, chips: chips/a/v1, captions: chips/a/v1}]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(BuildDatasetConfig, path)
+    assert str(caught.value).startswith(
+        f"{path}: sources.0.chips.captions: Value error, needs an artifact of kind captions, such as captions/NAME/v1 "
+        "(got 'chips/a/v1')"
+    )
+    path = write(tmp_path, "output: export/a/v1\nmodel: model/a/v1\nevaluations: [evaluation/a/v1]\n")
+    inputs = [(item.field, item.artifact) for item in iter_inputs(load_config(ExportModelConfig, path))]
+    assert inputs == [("model", "model/a/v1"), ("evaluations.0", "evaluation/a/v1")]
+    with pytest.raises(ConfigError, match=r"model: .* kind model or export, .*\(got 'index/a/v1'\); evaluations\.0: "):
+        load_config(ExportModelConfig, path, ["model=index/a/v1", "evaluations=[model/a/v1]"])
 
 
 def test_recipes_are_frozen(tmp_path: Path) -> None:

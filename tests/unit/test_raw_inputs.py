@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rsplatform import artifacts, raw_inputs
+from rsplatform import artifacts, raw_inputs, storage
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster
 from rsplatform.config import Config, ConfigError, InputPath, StageConfig
@@ -58,6 +58,7 @@ def begin(cluster: Cluster, *, is_finished: bool) -> Artifact:
     artifact, recipe = Artifact(cluster.root, config.output), recipe_identity(config, cluster)
     artifacts.begin(artifact, recipe)
     raw_inputs.record(artifact, list_raw_inputs(config, cluster))
+    storage.write_bytes(artifact.path("rows.bin"), b"rows")
     if is_finished:
         artifacts.commit(artifact, recipe, counts={}, metrics={}, run_id="run")
     return artifact

@@ -146,6 +146,7 @@ def test_a_field_that_came_later_is_another_recipe_only_if_it_is_set(cluster: Cl
     config = CopyConfig(output=f"text/upgraded/{is_finished}", text="first")
     artifact, recipe = Artifact(cluster.root, config.output), recipe_identity(config, cluster)
     artifacts.begin(artifact, recipe)
+    storage.write_bytes(artifact.path("text"), b"first")
     if is_finished:
         artifacts.commit(artifact, recipe, counts={}, metrics={}, run_id="none")
     later = LaterCopyConfig(output=config.output, text="first")
@@ -158,6 +159,7 @@ def test_a_field_that_came_later_is_another_recipe_only_if_it_is_set(cluster: Cl
         made = Artifact(cluster.root, f"text/downgraded/{is_finished}")
         after = LaterCopyConfig(output=made.ref, repeats=3)
         artifacts.begin(made, recipe_identity(after, cluster))
+        storage.write_bytes(made.path("text"), b"hello")
         plan(CopyConfig(output=made.ref), cluster)
     assert copy(later, cluster).manifest()["config"]["text"] == "first"
 
@@ -177,6 +179,23 @@ def test_a_stage_keeps_what_it_was_begun_with_and_refuses_other_data(cluster: Cl
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(ArtifactError, match=r"made with other raw data: changed rows\.csv"):
         copy(config.model_copy(update={"output": "text/raw/v2", "fails": False}), here)
+
+
+def test_a_job_that_made_nothing_leaves_its_name_to_the_corrected_recipe(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    here = cluster.model_copy(update={"data_root": str(tmp_path)})
+    wrong = ReadConfig(output="text/corrected/v1", table="rows.csv", text="wrong")
+    with pytest.raises(RuntimeError, match="at once"), open_stage(wrong, here):
+        raise RuntimeError("it failed at once")
+    (tmp_path / "rows.csv").write_text("a,b,c\n")
+    right = wrong.model_copy(update={"text": "right"})
+    assert "(unfinished: will be resumed)" in plan(right, here)[-1]
+    made = copy(right, here)
+    assert made.manifest()["config"]["text"] == "right"
+    assert made.manifest()["raw_inputs"]["rows.csv"]["bytes"] == len("a,b,c\n")
+    assert copy(right, here) == made
+    with pytest.raises(ArtifactError, match="was finished with another recipe"):
+        copy(wrong, here)
 
 
 def test_nothing_is_begun_without_the_raw_data(cluster: Cluster, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rsplatform.curate import chips, cut_chips
 from rsplatform.curate.caption import ReadAndDescribe, TemplateCaptioner
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.ledger import read_drops
+from rsplatform.serve.catalogue import Catalogue
 from rsplatform.sources.scenes import SceneSource, describe_scene
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -145,6 +146,28 @@ def test_a_composite_may_not_take_the_id_of_a_scene_that_stays(tmp_path: Path, r
     scenes, drops, num_files = chips._scenes(own, cluster)
     assert {scene.id: len(scene.visits) for scene in scenes} == {"train_a": 2, "val_000": 1}
     assert num_files == sum(len(scene.visits) for scene in scenes) == 3 and not drops
+
+
+def test_everybody_whose_scenes_and_maps_went_in_is_credited(tmp_path: Path, root: str) -> None:
+    for name in ("train_a", "train_b", "val_c"):
+        write_scene(tmp_path / f"{name}.tif")
+    (tmp_path / "none.geojson").write_text(FAR_AWAY)
+    credits = {"train_a": "© A", "train_b": "© B", "val_c": ""}
+    sources = [SceneSource(path=str(tmp_path), pattern=f"{name}*", attribution=text) for name, text in credits.items()]
+    maps = [{"path": str(tmp_path / "none.geojson"), "attribution": text} for text in ("© Mappers", "", "© Mappers")]
+    composites = [{"name": "pair", "members": ["train_*"]}]
+    config = config_of(tmp_path, scenes=sources, landmarks=maps, composites=composites)
+    scenes, _, _ = chips._scenes(config, Cluster(root=root))
+    shown = Catalogue(json.loads(json.dumps(chips._catalogue(config, scenes))), str).scenes
+    assert {name: scene.summary()["attribution"] for name, scene in shown.items()} == {
+        "pair": "© A; © B; © Mappers",
+        "val_c": "© Mappers",
+    }
+
+
+def test_the_real_recipe_credits_its_maps() -> None:
+    recipe = load_config(chips.IngestScenesConfig, REPOSITORY / "configs/ingest_scenes/real.yaml")
+    assert {source.attribution for source in recipe.landmarks} == {"© OpenStreetMap contributors, ODbL"}
 
 
 def test_no_landmarks_at_all_are_refused_unless_a_source_keeps_its_chips(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_grid_that_begins_before_the_scene_is_cut_to_it(encoder, first_px, siz
     """The first patches reach beyond the scene: reflected there, and every pixel gets a number."""
     tiling = Tiling(tile_patches=8, overlap_patches=4, window=3)
     image = picture(*size)
-    scene = SceneReader(*size, reader(image).read_window, first_px=first_px)
+    scene = SceneReader(size[0], size[1], reader(image).read_window, first_px=first_px)
     before = tuple(first % PATCH for first in first_px)
     beyond = [(lead, -(lead + length) % PATCH) for lead, length in zip(before, size, strict=True)]
     framed = np.pad(image, (*beyond, (0, 0)), mode="reflect")
@@ -131,7 +131,7 @@ def test_a_grid_that_begins_before_the_scene_is_cut_to_it(encoder, first_px, siz
 def test_rows_made_alone_are_those_of_the_whole_to_the_bit(encoder, first_px):
     tiling = Tiling(tile_patches=8, overlap_patches=5, window=3)
     image = picture(23 * PATCH + 1, 17 * PATCH)
-    scene = SceneReader(*image.shape[:2], reader(image).read_window, first_px=first_px)
+    scene = SceneReader(image.shape[0], image.shape[1], reader(image).read_window, first_px=first_px)
     expected = whole(score_strips(scene, encoder, TEXTS, tiling))
     for first, end in ((0, 1), (0, 9), (9, 10), (10, 24), (3, 24)):
         strips = list(score_strips(scene, encoder, TEXTS, tiling, patch_rows=(first, end)))

@@ -11,7 +11,7 @@ from rsplatform.artifacts import Artifact
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.index.build import index_pipeline
 from rsplatform.index.embed import load_embedder
-from rsplatform.index.store import finish_index
+from rsplatform.index.finish import finish_index
 from rsplatform.serve.deployment import Canary, ServeConfig, served_by
 from rsplatform.serve.guard import Guarded
 from rsplatform.serve.retrieval import Retrieval
@@ -29,7 +29,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
     make_model(root, OTHER_MODEL, seed=1)
     config = build_config().model_copy(update={"model": OTHER_MODEL, "output": OTHER_INDEX})
     artifact = Artifact(root, OTHER_INDEX)
-    counts = run_plain(*index_pipeline(config, root, artifact))
+    counts = run_plain(*index_pipeline(config, tiny_cluster(root), artifact))
     finish_index(artifact.uri, load_embedder(root, OTHER_MODEL).model_hash)
     finish(root, OTHER_INDEX, counts)
     services: dict[str, Services] = {}

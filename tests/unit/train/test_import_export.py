@@ -161,7 +161,7 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     write_report(cluster.root, "evaluation/other/v1", report | {"model_hash": "b" * 64})
     dataset = Artifact(cluster.root, "dataset/tiny/v1")  # as if build_dataset had joined the chips
     storage.write_json(dataset.path("manifest.json"), dataset.manifest() | {"inputs": {"chips/tiny/v1": "c" * 64}})
-    scenes = [{"attribution": "© Somebody"}, {"attribution": ""}]
+    scenes = [{"attribution": "© Somebody", "landmark_attributions": ["© Mappers"]}, {"attribution": ""}]
     storage.write_json(f"{cluster.root}/chips/tiny/v1/scenes.json", scenes)
     values = {"output": "export/carded/v1", "model": trained.ref, "evaluations": ["evaluation/carded/v1"]}
     exported = export_model(ExportModelConfig(**values, title="Tiny"), cluster)
@@ -175,7 +175,7 @@ def test_the_card_tells_where_the_model_comes_from_and_how_it_was_measured(clust
     assert "64 samples seen in 8 steps" in body and model_hash in body
     assert "\nAt the end: " in body
     assert "`dataset/tiny/v1`" in body and "`chips/tiny/v1`" in body
-    assert "Attributions of the imagery: © Somebody\n" in body
+    assert "Attributions of the imagery and maps: © Mappers; © Somebody\n" in body
     assert "Not chosen" in body and "recipe field `licence`" in body
     assert "num_images" not in body
     licensed = ExportModelConfig.model_validate(values | {"output": "export/carded/v2"} | {"licence": "apache-2.0"})
