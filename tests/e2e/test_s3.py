@@ -163,6 +163,7 @@ def test_raw_data_of_a_bucket_are_compared_by_their_etags(s3_root: str, tmp_path
     artifact, listed = Artifact(str(tmp_path), config.output), list_raw_inputs(config, cluster)
     assert list(listed["scenes"].files) == ["a.tif", "b.tif"]
     raw_inputs.record(artifact, listed)
+    storage.write_bytes(artifact.path("map.tif"), b"made of them")
     storage.write_bytes(f"{place}/scenes/a.tif", b"scenes/a.tif")
     raw_inputs.check_unchanged(artifact, list_raw_inputs(config, cluster))
     copied = Cluster(root=str(tmp_path), data_root=str(storage.download_folder(place, tmp_path / "copy")))
