@@ -70,6 +70,7 @@ def batches(data: Data) -> Iterator[pa.RecordBatch]:
             "vector": pa.FixedSizeListArray.from_arrays(flat, schema.field("vector").type.list_size),
             "row": number,
             "scene": [f"scene-{n // 400}" for n in number],
+            "caption": [f"{n % len(data.tuning_texts_QE)}" for n in number],
             "kinds": [[] for _ in number],
             **{name: data.bounds_N4[part, side] for side, name in enumerate(SIDES)},
         }
@@ -154,18 +155,19 @@ def bare_lancedb(folder: str, meta: IndexMeta) -> Callable[[np.ndarray, Box | No
     return ask
 
 
-def build(folder: str, results: Any) -> None:
+def build(folder: str, tuning_texts_QE: np.ndarray, results: Any) -> None:
     """Finish the index of the written rows; in a process of its own, for its peak memory."""
     started = time.perf_counter()
-    finish_index(folder, MODEL_HASH, EXACT_BELOW_ROWS)
+    # the rows' captions are numbers of these texts
+    finish_index(folder, MODEL_HASH, EXACT_BELOW_ROWS, lambda captions: tuning_texts_QE[[int(n) for n in captions]])
     results.put((time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 
 
-def built_apart(folder: str) -> tuple[float, float]:
+def built_apart(folder: str, tuning_texts_QE: np.ndarray) -> tuple[float, float]:
     """Seconds and peak GB of `build`."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=build, args=(folder, results))
+    process = context.Process(target=build, args=(folder, tuning_texts_QE, results))
     process.start()
     measured = results.get()
     process.join()
@@ -215,7 +217,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="search-") as name:
         reader = pa.RecordBatchReader.from_batches(index_schema(given.width), batches(data))
         lance.write_dataset(reader, f"{name}/{ROWS_PATH}")
-        build_s, peak_gb = built_apart(name)
+        build_s, peak_gb = built_apart(name, data.tuning_texts_QE)
         meta = ChipIndex(name, MODEL_HASH).meta
         print(f"ours: built in {build_s:.0f} s, peak {peak_gb:.1f} GB; {meta}")
         rows = {"ours": {case: measure(cases[case], ours(name)) for case in cases}}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rsplatform.index.finish import TEXT_QUERIES
 from rsplatform.model.embedder import Embedder
 
 EARTH = (-180.0, -80.0, 180.0, 80.0)
@@ -25,6 +26,7 @@ class Data(NamedTuple):
     vectors_NE: np.ndarray
     bounds_N4: np.ndarray
     texts_QE: np.ndarray
+    tuning_texts_QE: np.ndarray  # other captions, which the index may choose its parameters with
     neighbour_distance: float
     num_real: int
 
@@ -36,7 +38,7 @@ def make_data(model: Path, rsicd: Path, rows: int, width: int, queries: int, pic
     names = [entry["filename"] for entry in entries if entry["split"] == "train"][:pictures]
     real = embedder.embed_images([(rsicd / "RSICD_images" / name).read_bytes() for name in names])
     captions = dict.fromkeys(entry["sentences"][0]["raw"] for entry in entries if entry["split"] == "val")
-    texts = embedder.embed_texts(list(captions)[:queries])
+    texts = embedder.embed_texts(list(captions)[: queries + TEXT_QUERIES])
     rng = np.random.default_rng(0)
     rotation = np.linalg.qr(rng.normal(size=(width, real.shape[1])))[0].T.astype(np.float32)
     real, texts = real @ rotation, texts @ rotation
@@ -49,7 +51,7 @@ def make_data(model: Path, rsicd: Path, rows: int, width: int, queries: int, pic
         else:
             part = real[start : start + len(part)]
         vectors[start : start + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
-    return Data(vectors, make_bounds(rows, rng), texts, distance, len(real))
+    return Data(vectors, make_bounds(rows, rng), texts[:queries], texts[queries:], distance, len(real))
 
 
 def tenth_neighbour_distance(unit_NE: np.ndarray) -> float:
