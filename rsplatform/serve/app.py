@@ -63,8 +63,8 @@ def running(served: Served) -> Iterator[str]:
 
 
 def proxy_timeout_s(served: Served) -> float:
-    """Serve's own limit, which knows no Retry-After: a wait for others, then the guard's limit, which comes first."""
-    return 2 * served.guard.max_request_seconds + 5
+    """Serve's own limit, which knows no Retry-After: one wait for others, then the guard's limits, which come first."""
+    return 2 * (served.guard.max_body_seconds + served.guard.max_request_seconds) + 5
 
 
 def _free_port(host: str, port: int) -> int:

@@ -183,7 +183,11 @@ class Services:
         pairs = zip(images, hits, strict=True)
         maps = await self._maps([Look(image, vector_E[None], known_m(hit)) for image, hit in pairs])
         place_of = self.retrieval.catalogue.place_of
-        return [spot(find_peak(m[0]), place_of(hit)) for m, hit in zip(maps, hits, strict=True)]
+
+        def found() -> list[Spot]:
+            return [spot(find_peak(m[0]), place_of(hit)) for m, hit in zip(maps, hits, strict=True)]
+
+        return await asyncio.to_thread(found)  # a hundred peaks would hold up everybody's bodies
 
     async def _maps(self, looks: list[Look]) -> list[np.ndarray]:
         with stage("maps"):
