@@ -17,8 +17,9 @@ from rich.logging import RichHandler
 from rsplatform.artifacts import Artifact, ArtifactError
 from rsplatform.cluster import Cluster, load_cluster
 from rsplatform.config import ConfigError, StageConfig, load_config
+from rsplatform.refused_writes import refused_write
 from rsplatform.stage import check_input_artifacts, plan
-from rsplatform.storage import StorageError, is_s3, presigned_url, refused_write
+from rsplatform.storage import StorageError, is_s3, presigned_url
 from rsplatform.tracking import TrackingError, redact
 
 USAGE = """\

@@ -12,7 +12,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "rsplatform"
 
 # Lower rooms may not import higher ones. The floor is what every room stands on.
-FLOOR = {"records", "geo", "config", "cluster", "storage", "shared_file", "artifacts", "raw_inputs", "lease", "ledger"}
+FLOOR = {
+    "records",
+    "geo",
+    "config",
+    "cluster",
+    "storage",
+    "refused_writes",
+    "shared_file",
+    "artifacts",
+    "raw_inputs",
+    "lease",
+    "ledger",
+}
 FLOOR |= {"provenance", "tracking", "stage", "runtime", "cli"}
 FLOW = [
     "world",

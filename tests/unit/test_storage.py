@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rsplatform import storage
-from rsplatform.storage import refused_write
+from rsplatform.refused_writes import refused_write
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_bucket_that_cannot_be_looked_into_is_named(
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         for look in (storage.exists, storage.list_files, storage.list_folders):
             with pytest.raises(
-                storage.StorageError, match=r"^s3://b/p: bucket 'b' is not reachable \(.*; create it or"
+                storage.StorageError, match=r"^s3://b/p: bucket 'b' is not reachable \(.*; create it, or"
             ):
                 look("s3://b/p")
 
