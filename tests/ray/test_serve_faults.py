@@ -18,7 +18,7 @@ from rsplatform.cluster import Cluster
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.index.build import BuildIndexConfig, index_pipeline
 from rsplatform.index.embed import load_embedder
-from rsplatform.index.store import finish_index
+from rsplatform.index.finish import finish_index
 from rsplatform.serve.app import APPLICATION
 from rsplatform.serve.deployment import ServeConfig, served_by, serving
 from rsplatform.serve.replicas import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS, build_application, picture_deployment
@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     make_all(root)
     config = BuildIndexConfig(output=OTHER_INDEX, model=MODEL, chips=CHIPS)
     artifact = Artifact(root, OTHER_INDEX)
-    counts = run_plain(*index_pipeline(config, root, artifact))
+    counts = run_plain(*index_pipeline(config, tiny_cluster(root), artifact))
     finish_index(artifact.uri, load_embedder(root, MODEL).model_hash)
     finish(root, OTHER_INDEX, counts)
     return tiny_cluster(root, serve={"port": 0, "num_replicas": 2, "cpus_per_replica": 0.2})
