@@ -9,6 +9,7 @@ CLUSTER ?= cluster/local.yaml
 TEST_PROCESSES ?= 2
 BESIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 # Minutes altogether. Left out: rsicd.py, which trains for a quarter of an hour a run (make bench-rsicd).
 BENCHMARKS ?= $(wildcard $(addprefix benchmarks/,localize.py train_step.py read_data.py scaling.py gpu_step.py))

@@ -67,11 +67,7 @@ def check_reachable(uri: str) -> None:
 
 
 def _client(uri: str) -> Any:
-    # MLflow's own client repeats a call for minutes, in which a job, and its GPUs, would stand still.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # Imported here: MLflow takes seconds to import, which `--help` and `--dry-run` should not pay.
-    import mlflow
+    import mlflow  # here: it takes seconds, which `--help` and `--dry-run` should not pay
 
     return mlflow.MlflowClient(tracking_uri=uri)
 
@@ -79,6 +75,9 @@ def _client(uri: str) -> Any:
 @contextlib.contextmanager
 def _answered(uri: str) -> Iterator[Any]:
     """A client inside this block; TrackingError if a server does not answer it (a refusal stays MLflow's error)."""
+    # By itself it repeats a call for minutes, while GPUs stand still, and tells its makers of each.
+    defaults = {"HTTP_REQUEST_MAX_RETRIES": "1", "HTTP_REQUEST_TIMEOUT": "10", "DISABLE_TELEMETRY": "true"}
+    os.environ.update({f"MLFLOW_{name}": os.environ.get(f"MLFLOW_{name}", value) for name, value in defaults.items()})
     from mlflow.exceptions import MlflowException, RestException
 
     try:
@@ -293,7 +292,7 @@ def _param_name(name: str) -> str:
 def redact(text: str) -> str:
     """Strip query strings (signatures, tokens) from URLs and hide credentials that the environment holds."""
     text = _URL_QUERY.sub(r"\1", text)
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET.search(name):
+    for name in filter(_SECRET.search, list(os.environ)):  # a list: other threads set and unset meanwhile
+        if len(value := os.environ.get(name, "")) >= 8:
             text = text.replace(value, "[redacted]")
     return text

@@ -1,10 +1,15 @@
 """MLflow away or silent: metrics wait in order, other writes warn, and a job loses little time over it."""
 
 import logging
+import os
 import pickle
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +94,30 @@ def test_an_absent_server_lets_a_run_go_on(caplog: pytest.LogCaptureFixture) -> 
 def test_what_waits_travels_with_the_run(silent: Run) -> None:
     silent.log_metrics({"loss": 3.0}, 1)
     assert pickle.loads(pickle.dumps(silent)).outbox.rows == silent.outbox.rows
+
+
+def test_words_are_redacted_while_other_threads_set_and_unset_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SECRET", "never-to-be-seen")
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            os.environ["PASSING_BY"] = "1"
+            os.environ.pop("PASSING_BY", None)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        assert {tracking.redact("a never-to-be-seen b") for _ in range(3000)} == {"a [redacted] b"}
+    finally:
+        stop.set()
+        changing.join()
+
+
+def test_mlflow_tells_nobody_how_it_is_used(tmp_path: Path) -> None:
+    """Also outside of CI, whose variables turn MLflow's telemetry off by themselves, and of pytest, which does too."""
+    ask = f"from rsplatform import tracking; tracking.start_run({str(tmp_path)!r}, 'quiet', 'run', {{}}, tags={{}})\n"
+    ask += "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled())"
+    bare = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+    done = subprocess.run([sys.executable, "-c", ask], env=bare, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
