@@ -2,7 +2,7 @@
 
 Embedding runs in an actor pool on Ray Data, shard by shard; pictures stay where they are, rows point to them. An index
 is changed by making its next version of it: rows that stay are copied with their vectors, only new ones are embedded,
-and the new table is compact. A server goes on with the old version until it opens the new one (live.py).
+and the new table is compact. A server goes on with the old version until it is deployed again with the new one.
 """
 
 from collections.abc import Iterator

@@ -98,6 +98,10 @@ class ChipIndex:
             raise KeyError(chip_id)
         return np.asarray(rows[0]["vector"], dtype=np.float32)
 
+    def tables(self) -> set[str]:
+        """The chips artifacts and folders that the rows came from."""
+        return set(self._rows.to_table(columns=["table"])["table"].unique().to_pylist())
+
     def kinds(self) -> dict[str, int]:
         """How many chips show each kind of landmark, most frequent first."""
         return self._held.kind_counts()

@@ -8,7 +8,6 @@ which one could.
 Shapes: C classes, I images, P prompts, H W patches.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from pydantic import Field
 
 from rsplatform.config import CaptionsArtifact, ChipsArtifact, Config, ConfigError
 from rsplatform.curate.pipeline import DROP_FIELDS, Shard, replace_column
+from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.store import open_table
 from rsplatform.localize.picture import Scale, picture_maps
 from rsplatform.localize.score_scenes import ScoreRecipe, load_model
@@ -45,17 +45,13 @@ class Calibration(Config):
 
 @dataclass(frozen=True)
 class Words:
-    """What a chip's text must contain to name each class: whole words, a plural ending allowed, in any case."""
+    """What a chip's text must contain to name each class, found as holdout.py finds it."""
 
     of_class: tuple[tuple[str, ...], ...]
 
     def named(self, texts: Sequence[str]) -> list[bool]:
         """For each class whether any of the texts names it."""
-        return [any(self._pattern(words).search(text) for text in texts) for words in self.of_class]
-
-    @staticmethod
-    def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
-        return re.compile(rf"\b(?:{'|'.join(re.escape(word) for word in words)})(?:e?s)?\b", re.IGNORECASE)
+        return [Holdout(words).reason((), texts) is not None for words in self.of_class]
 
 
 def calibration_shards(root: str, calibration: Calibration) -> list[Shard]:

@@ -18,6 +18,7 @@ from rich.progress import track
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError
 from rsplatform.curate.pipeline import Loaded, Pipeline, Shard, run_pipeline
 from rsplatform.localize.calibrate import (
     MARGIN_SCHEMA,
@@ -120,14 +121,13 @@ def localize_with(config: LocalizeConfig, cluster: Cluster, stage: Stage, run: R
     """All the work of an open stage; `run` is `run_pipeline` on a cluster, or `run_plain` without Ray.
 
     Raises:
-        ValueError: no scene is usable.
-        ConfigError: no files, files whose products would have the same names, or chips that tell too little.
+        ConfigError: no files, none usable, files whose products would have the same names, chips that tell too little.
     """
     job = Job(config, cluster, stage, run, load_model(cluster.root, config.model))
     legend = _legend(job)
     files = _scored(job, _described(job))
     if all(file.error for file in files):
-        raise ValueError(f"no usable scene among {len(files)}: {files[0].error}")
+        raise ConfigError(f"scenes: no usable one among {len(files)}: {files[0].error}; mend them or name others")
     shards = [
         scene_shard(number, file.uri, file.name, file.scene, file.strips, file.error)
         for number, file in enumerate(files)

@@ -13,6 +13,7 @@ import numpy as np
 
 from rsplatform.artifacts import open_artifact
 from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError
 from rsplatform.dataset.store import open_table
 from rsplatform.index.embed import load_embedder
 from rsplatform.index.filters import SearchFilter, parse_interval
@@ -31,12 +32,18 @@ class Retrieval:
 
     Raises:
         ArtifactError: one of them is missing or unfinished.
-        ConfigError: the index was built with another model.
+        ConfigError: the index was built with another model, or holds pictures from elsewhere than the chips.
     """
 
     def __init__(self, cluster: Cluster, model_ref: str, index_ref: str, chips_ref: str, device: str = "cpu") -> None:
         self.embedder = load_embedder(cluster.root, model_ref, device)
         self.index = ChipIndex(open_artifact(cluster.root, index_ref).uri, self.embedder.model_hash)
+        others = sorted(self.index.tables() - {chips_ref})
+        if others:
+            raise ConfigError(
+                f"{index_ref} holds pictures of {', '.join(others[:3])}, served are those of {chips_ref}: "
+                f"name the index's one table in `chips`, or build an index of it alone"
+            )
         chips = open_artifact(cluster.root, chips_ref)
         self.catalogue = Catalogue(read_json(chips.path(CATALOGUE_FILE)), cluster.resolve)
         self._chips = open_table(cluster.root, chips_ref)

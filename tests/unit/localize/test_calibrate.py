@@ -48,6 +48,8 @@ def test_names_are_whole_words_in_any_case_and_number() -> None:
     assert words.named(["Two Stadiums beside a road"]) == [True, False, False]
     assert words.named(["an airport", "a Port in the north"]) == [False, True, False]
     assert words.named(["an airport"]) == words.named([]) == [False, False, False]
+    assert words.named(["sports_stadium", "a tank, oil beside it"]) == [True, False, False]  # kinds join words by _
+    assert words.named(["Tank-Oil"]) == [False, False, True]
 
 
 def test_each_class_says_what_its_threshold_rests_on() -> None:

@@ -110,7 +110,7 @@ def test_counts_are_by_scene_and_class(cluster: Cluster) -> None:
 
 
 def test_no_usable_scene_is_an_error(cluster: Cluster) -> None:
-    with pytest.raises(ValueError, match="no usable scene among 1: unreadable"):
+    with pytest.raises(ConfigError, match="scenes: no usable one among 1: unreadable.*; mend them or name others"):
         localize_plainly(cluster, output="localization/b/v1", scenes={"path": "scenes", "pattern": "broken.tif"})
     with pytest.raises(ConfigError, match=r"\*\.jp2"):
         localize_plainly(cluster, output="localization/c/v1", scenes={"path": "scenes", "pattern": "*.jp2"})

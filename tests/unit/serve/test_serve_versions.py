@@ -1,6 +1,7 @@
 """Two models side by side: shares by weight, one by name, and no answer of both."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -8,6 +9,7 @@ import pytest
 from tiny_service import CHIPS, INDEX, MODEL, build_config, finish, make_all, make_model, tiny_cluster
 
 from rsplatform.artifacts import Artifact
+from rsplatform.config import ConfigError
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.index.build import index_pipeline
 from rsplatform.index.embed import load_embedder
@@ -36,6 +38,12 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
     for name, refs in {STABLE: (MODEL, INDEX), CANARY: (OTHER_MODEL, OTHER_INDEX)}.items():
         services[name] = local_services(Retrieval(tiny_cluster(root), *refs, CHIPS), version=name)
     return Versions(services, {STABLE: 0.75, CANARY: 0.25})
+
+
+def test_an_index_over_other_chips_than_those_served_is_refused(tmp_path: Path) -> None:
+    make_all(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{INDEX} holds pictures of {CHIPS}, served are those of chips/elsewhere/v1"):
+        Retrieval(tiny_cluster(str(tmp_path)), MODEL, INDEX, "chips/elsewhere/v1")
 
 
 def test_each_version_gets_its_share(versions: Versions) -> None:
