@@ -40,10 +40,12 @@ class CaptionSource(Config):
 
 class Source(Config):
     """What all sources have. `name`: what mixtures call it. `weight` is per sample: 2.0 draws a sample twice as often
-    as one of the other sources, where no mixture says otherwise (our defaults: the kind of the pictures, and 1)."""
+    as one of the other sources, where no mixture says otherwise (our defaults: the kind of the pictures, and 1).
+    `holdout`: classes left out of this source beside those left out of all."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z][\w-]*$")  # no dots: sweeps call it by a dotted key
     weight: float = Field(default=1.0, gt=0)
+    holdout: list[str] = []
 
 
 class ChipSource(Source):
@@ -101,7 +103,8 @@ class BuildDatasetConfig(StageConfig):
 
     @model_validator(mode="after")
     def _classes_are_words(self) -> "BuildDatasetConfig":
-        Holdout(self.holdout)
+        for classes in (self.holdout, *(source.holdout for source in self.sources)):
+            Holdout(classes)
         return self
 
     @model_validator(mode="after")
@@ -128,9 +131,8 @@ def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
         return done
     with open_stage(config, cluster) as stage:
         tables, drops, num_inputs = [], [], 0
-        holdout = Holdout(config.holdout)
         for source in config.sources:
-            table, dropped = _samples(cluster.root, source, holdout)
+            table, dropped = _samples(cluster.root, source, Holdout([*config.holdout, *source.holdout]))
             tables.append(table)
             drops += dropped
             num_inputs += table.num_rows + len(dropped)
@@ -147,7 +149,8 @@ def build_dataset(config: BuildDatasetConfig, cluster: Cluster) -> Artifact:
         write_drops(stage.artifact, STAGE, "build", drops)
         stage.counts = counts(num_inputs, samples.num_rows, [drop.reason for drop in drops])
         _describe(stage, samples)
-        _describe_holdout(stage, config.holdout, drops)
+        of_sources = (name for source in config.sources for name in source.holdout)
+        _describe_holdout(stage, list(dict.fromkeys([*config.holdout, *of_sources])), drops)
     return stage.artifact
 
 

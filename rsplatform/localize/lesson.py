@@ -42,7 +42,7 @@ class LessonConfig(StageConfig):
     `dataset` feeds the original losses, `chips` the unlabelled pictures (train split only, one in ten held out to
     measure agreement). `captions_rule_out`: a class that none of a chip's captions in `dataset` names is not in it.
     Say so only of captions that list all that is seen, as templates over complete landmarks do. A class that no caption
-    of the dataset names is novel, and never ruled out.
+    of these chips names is novel, and never ruled out, whatever the dataset's other pictures are called.
     """
 
     model: ModelArtifact
@@ -138,10 +138,10 @@ def possible_classes(
 ) -> torch.Tensor:
     """possible_BC (bool): all classes in a picture without captions, else those that its captions name.
 
-    A caption names a class by the words of its name, singular or plural (holdout.py). A class that no caption at all
-    names is novel: silence says nothing of it.
+    A caption names a class by the words of its name, singular or plural (holdout.py). A class that no caption of
+    these pictures names is novel: silence says nothing of it.
     """
-    columns = [torch.ones(len(ids), dtype=torch.bool)]
+    columns, captions = [torch.ones(len(ids), dtype=torch.bool)], {i: captions[i] for i in ids if i in captions}
     for item in classes:
         words = Holdout([item.name])
         is_known = any(words.reason((), texts) for texts in captions.values())

@@ -37,10 +37,15 @@ VIEWS = (*(View(turns) for turns in range(4)), View(is_mirrored=True), View(scal
 
 @dataclass(frozen=True)
 class TeacherLabels:
-    """labels_BHW int64 (-1 ignored), and the share of patches whose best prompt is the same in every view."""
+    """labels_BHW int64 (-1 ignored), and each picture's share of patches that all views give the same best prompt."""
 
     labels_BHW: torch.Tensor
-    agreement: float
+    agreement_B: torch.Tensor
+
+    @property
+    def agreement(self) -> float:
+        """Its mean over the pictures."""
+        return float(self.agreement_B.mean())
 
     @property
     def labelled_fraction(self) -> float:
@@ -117,4 +122,4 @@ def teach(
         agreements.append((best_VBHW == best_VBHW[0]).all(dim=0))
     agrees_BHW = torch.cat(agreements)
     labels_BHW = pseudo_labels(torch.cat(means).masked_fill(~agrees_BHW.unsqueeze(1), torch.nan), rule)
-    return TeacherLabels(labels_BHW, float(agrees_BHW.float().mean()))
+    return TeacherLabels(labels_BHW, agrees_BHW.double().mean(dim=(1, 2)))

@@ -6,6 +6,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from rsplatform import artifacts
 from rsplatform.artifacts import Artifact, ArtifactError
@@ -125,6 +126,11 @@ def test_held_out_classes_go_to_the_ledger_with_what_showed_them(
     assert details["chip-0"] == "landmark: stadium"
     assert details["web-a"] == "caption: boats in two harbours"
     assert "no sample names 'windmill'" in caplog.text
+    own = [sources[0].model_copy(update={"holdout": ["stadium"]}), sources[1]]
+    build_dataset(BuildDatasetConfig(output="dataset/own/v1", sources=own, holdout=["field"]), cluster)
+    assert SampleStore(cluster.root, "dataset/own/v1", "train").all_ids() == ["chip-1", "web-a"]
+    with pytest.raises(ValidationError, match="holdout"):
+        BuildDatasetConfig(output="dataset/own/v2", sources=[own[0].model_copy(update={"holdout": [""]})])
 
 
 def test_sources_have_names_and_captions_have_weights(cluster: Cluster) -> None:
