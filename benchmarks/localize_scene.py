@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,14 @@ def timed_run(pipeline: Pipeline, shards: Sequence[Shard]) -> dict[str, Any]:
 def measure(root: Path, arguments: argparse.Namespace) -> None:
     """Write scene and model, localize, report."""
     (root / "scenes").mkdir()
-    write_scene(root / "scenes" / "scene.tif", arguments.side, arguments.crs)
+    # by another process, whose memory is not this one's
+    writer = get_context("spawn").Process(
+        target=write_scene, args=(root / "scenes" / "scene.tif", arguments.side, arguments.crs)
+    )
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise SystemExit("the scene could not be written; see above")
     write_model(root, arguments.model_width)
     print(f"{arguments.side} px squared in {arguments.crs}; before the job: resident peak {peak_gib():.2f} GiB")
     classes = [{"name": f"class {number}", "prompts": [f"thing {number}"]} for number in range(arguments.texts - 1)]

@@ -1,5 +1,7 @@
 """What a recipe of localize averages, and the grid that it names: both reach the files."""
 
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import rasterio
 import tiny_service
 from rasterio.transform import Affine
+from rich.console import Console
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
@@ -117,3 +120,12 @@ def test_a_scene_too_large_for_one_grid_is_a_drop_with_a_remedy(cluster: Cluster
     (drop,) = read_drops(artifact).to_pylist()
     assert (drop["id"], drop["reason"]) == ("large/world.tif", "unusable_crs")
     assert "name a `maps_crs` that fits it" in drop["detail"]
+
+
+def test_whoever_watches_sees_how_far_each_step_is(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_scenes, "STRIP_PATCHES", 60)  # several strips
+    seen = io.StringIO()
+    monkeypatch.setattr("rich._console", Console(file=seen, force_terminal=True, width=120))
+    localized(cluster, "watched")
+    for step in ("describe scenes", "localize_strips", "localize"):
+        assert re.search(rf"{step}\W.*100%", seen.getvalue()), step
