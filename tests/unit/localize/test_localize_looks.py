@@ -129,3 +129,14 @@ def test_whoever_watches_sees_how_far_each_step_is(cluster: Cluster, monkeypatch
     localized(cluster, "watched")
     for step in ("describe scenes", "localize_strips", "localize"):
         assert re.search(rf"{step}\W.*100%", seen.getvalue()), step
+
+
+def test_what_is_averaged_does_not_depend_on_where_the_raster_was_cut(cluster: Cluster) -> None:
+    """Away from the cut by one tile of the coarsest look, which is 128 px."""
+    image_HWC = np.random.default_rng(2).integers(1, 255, (330, 80, 3), dtype=np.uint8)
+    write_scene(Path(cluster.root) / "long" / "a.tif", image_HWC, PLACE)
+    write_scene(Path(cluster.root) / "cut" / "a.tif", image_HWC[21:], PLACE @ Affine.translation(0, 21))
+    looks = {"scales": [{"relative_resolution": 0.5}], "phases": 2}
+    whole, part = (scores(localized(cluster, name, scenes={"path": name}, **looks)) for name in ("long", "cut"))
+    np.testing.assert_allclose(part[:, 144:], whole[:, 21 + 144 :], atol=1e-3)
+    assert np.abs(part[:, :8] - whole[:, 21 : 21 + 8]).max() > 1e-3
