@@ -1,7 +1,8 @@
 """Smooth attention on one machine: against an unfold of the values, beside an encoder, and per tile of a scene.
 
 In: nothing. Out: a line per measurement. `pooling`: time ratio to unfold and largest difference, head included, and how
-much any pooling could gain, since both ways need the head. `encoder`: what smooth attention adds to a ViT-L/14 on one
+much any pooling could gain, since both ways need the head; once under our setting of float32 products, and with the
+unfold as Python starts it, which is what others would run. `encoder`: what smooth attention adds to a ViT-L/14 on one
 1022-px picture. `tiles`: seconds of a ViT-B/16 per 1024-px tile, pixels to classes, in one native pass and in windows
 of 224 px at stride 112. Ways are timed in turn in the same run. CPU seconds of one thread hardly depend on what else a
 machine does, wall seconds do. Weights are random: the time does not depend on them.
@@ -80,6 +81,16 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def as_python_starts(way: Callable[[], Any]) -> Any:
+    """Run with the float32 products that torch has unless told otherwise."""
+    ours = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return way()
+    finally:
+        torch.set_float32_matmul_precision(ours)
+
+
 def _shown(seconds: Seconds) -> str:
     return f"{seconds.wall * 1e3:.0f} ms (CPU {seconds.cpu * 1e3:.0f})"
 
@@ -101,11 +112,14 @@ def pooling(arguments: argparse.Namespace) -> None:
         unfolded_scores = torch.zeros_like(wide_BHW) if scores is None else scores
         slow = partial(unfold_reference, values_BHWD, texts_CE, head, unfolded_scores, window)
         difference = (fast() - slow()).abs().max().item()
-        smooth_s, unfold_s, head_s = paired_seconds([fast, slow, raw], arguments.repeats, device)
+        ways = [fast, slow, raw, partial(as_python_starts, slow)]
+        smooth_s, unfold_s, head_s, plain_s = paired_seconds(ways, arguments.repeats, device)
         print(
             f"window {window}, {kind}: smooth {_shown(smooth_s)}, unfold {_shown(unfold_s)}, "
             f"head and cosine alone {_shown(head_s)}; unfold / smooth {unfold_s.wall / smooth_s.wall:.1f} wall, "
             f"{unfold_s.cpu / smooth_s.cpu:.1f} CPU (at most {unfold_s.cpu / head_s.cpu:.1f} if pooling cost nothing); "
+            f"unfold as Python starts it {_shown(plain_s)}, {plain_s.wall / smooth_s.wall:.1f} wall, "
+            f"{plain_s.cpu / smooth_s.cpu:.1f} CPU; "
             f"pooling alone {(unfold_s.cpu - head_s.cpu) / max(smooth_s.cpu - head_s.cpu, 1e-9):.0f} CPU; "
             f"largest difference {difference:.1e}",
             flush=True,

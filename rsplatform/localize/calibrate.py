@@ -21,7 +21,7 @@ from rsplatform.config import CaptionsArtifact, ChipsArtifact, Config, ConfigErr
 from rsplatform.curate.pipeline import DROP_FIELDS, Shard, replace_column
 from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.store import open_table
-from rsplatform.localize.picture import Scale, picture_maps
+from rsplatform.localize.picture import Scale, averaged_maps
 from rsplatform.localize.score_scenes import ScoreRecipe, load_model
 from rsplatform.model.preprocess import ImageError, decode_image
 
@@ -128,7 +128,7 @@ class ImageScorer:
         wanted_m = self._recipe.ground_sample_distance_m
         factor = distance_m / wanted_m if distance_m else 1.0
         scale = Scale(factor, wanted_m)
-        maps_PHW = picture_maps(self._embedder, image_HWC, self._texts_PE, scale=scale, window=self._recipe.window)
+        maps_PHW = averaged_maps(self._embedder, image_HWC, self._texts_PE, self._recipe.looks, scale)
         return class_margins(maps_PHW.numpy(), self._class_of_prompt).max(axis=(1, 2))
 
 

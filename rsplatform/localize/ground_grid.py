@@ -1,136 +1,125 @@
-"""A scene as the model sees it: uint8 windows at the model's scale, on a grid that the ground anchors.
+"""The grid that maps lie on: of a place, not of a file, so that copies and parts of a scene share its pixels.
 
-The grid's lines are multiples of the pixel from the origin of the scene's CRS, not from the raster's corner, so a crop
-or a neighbour of a scene has the same pixels, and with `SceneReader.first_px` the same patches and tiles.
+In: a scene's grid. Out: the grid of its maps, in the UTM zone of its centre or a CRS that the recipe names, with lines
+at multiples of the pixel from that CRS's origin; and where a map's pixels lie in the scene's own. Reads no pixels.
 A scene without CRS has no ground: its pixels are taken as they are, as if they were of the model's scale.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
-from PIL import Image
+from affine import Affine
+from pyproj import CRS, Transformer
 
-from rsplatform.geo import Grid
-from rsplatform.localize.scene import SceneReader
-from rsplatform.sources.scenes import Layer, Scene, open_pixels, read_window
+from rsplatform.geo import CrsError, Grid
 
-# Metres per unit of the CRS are rounded to steps of 2 %, and pixels within 1 % of the model's are not resampled: a
-# model is blind to so little, and the true number differs between a scene and its crop (our defaults).
+# Metres per unit of the maps' CRS are rounded to steps of 2 %: a model is blind to so little, and the true number
+# differs between a scene and its crop (our default). In UTM it is 1 up to 8° from the meridian.
 LADDER = 1.02
-SAME_SCALE = 0.01
+MAX_SCALE_ERROR = 0.1  # of a pixel between the ends of a scene (our default)
+REMEDY = "cut the scene, or name a `maps_crs` that fits it"
+CHECKED_POINTS = 5  # along each axis
+EDGE_POINTS = 101  # of a scene's edges: so dense that what bends between them is far below a pixel
+# Projections are exact at every so many pixels of the maps and linear between, the same for whoever asks for a pixel:
+# within 0.02 of one at distances from 0.1 to 300 m.
+NODE_PX = 32
 
 
 @dataclass(frozen=True)
 class TargetGrid:
-    """The grid of the maps of a scene, and where it lies in the scene's own pixels.
-
-    Pixel (row, column) begins at `offset + scale * (row, column)` of the scene; `first_px` is pixel (0, 0) counted from
-    the CRS's origin. All pairs are (y, x).
-    """
+    """The grid of a scene's maps; `first_px` (y, x) is its pixel (0, 0) counted from the CRS's origin."""
 
     grid: Grid
     first_px: tuple[int, int]
-    scale: tuple[float, float]
-    offset: tuple[float, float]
 
 
-def target_grid(grid: Grid, ground_sample_distance_m: float) -> TargetGrid:
-    """The ground-anchored grid of about this distance that covers a scene's; the scene's own if it has no CRS."""
+def local_crs(grid: Grid) -> str:
+    """The UTM zone (WGS 84) of a scene's centre, beyond 84° N and 80° S polar stereographic; as EPSG:NUMBER.
+
+    Whole zones of six degrees, without the exceptions at Norway and Svalbard (our default).
+    """
+    longitude, latitude = grid.lonlat(grid.height / 2, grid.width / 2)
+    if latitude > 84 or latitude < -80:
+        return "EPSG:32661" if latitude > 0 else "EPSG:32761"
+    zone = int((longitude + 180) // 6) % 60 + 1
+    return f"EPSG:{(32600 if latitude >= 0 else 32700) + zone}"
+
+
+def target_grid(grid: Grid, ground_sample_distance_m: float, maps_crs: str | None = None) -> TargetGrid:
+    """The grid of the maps of a scene, which covers it; `maps_crs` is by default that of `local_crs`.
+
+    Raises:
+        CrsError: the scene reaches where that CRS has no coordinates, or pixels of quite another size.
+    """
     if not grid.crs:
-        return TargetGrid(grid, (0, 0), (1.0, 1.0), (0.0, 0.0))
-    affine, sizes_m = grid.affine, grid.pixel_size_m()
-    lengths = (math.hypot(affine.b, affine.e), math.hypot(affine.a, affine.d))  # of a pixel, in units of the CRS
-    scales = [_scale(*pair, ground_sample_distance_m) for pair in zip(lengths, sizes_m, strict=True)]
-    lines = affine @ affine.scale(scales[1], scales[0])
-    # Lines through the CRS's origin; a scene that is not resampled keeps its own, which its crops share.
-    lattice = type(lines)(lines.a, lines.b, 0.0, lines.d, lines.e, 0.0)
-    corner_x, corner_y = ~lattice @ (affine.c, affine.f)
-    firsts, offsets, counts = [], [], []
-    for corner, scale, length in ((corner_y, scales[0], grid.height), (corner_x, scales[1], grid.width)):
-        first = math.floor(corner + 1e-6)
-        offset = 0.0 if scale == 1 else min(0.0, (first - corner) * scale)
-        firsts.append(first)
-        offsets.append(offset)
-        counts.append(max(1, math.ceil((length - offset) / scale - 1e-6)))
-    moved = affine @ affine.translation(offsets[1], offsets[0]) @ affine.scale(scales[1], scales[0])
-    transform = (moved.a, moved.b, moved.c, moved.d, moved.e, moved.f)
-    target = Grid(grid.crs, transform, counts[1], counts[0])
-    return TargetGrid(target, (firsts[0], firsts[1]), (scales[0], scales[1]), (offsets[0], offsets[1]))
+        return TargetGrid(grid, (0, 0))
+    crs = maps_crs or local_crs(grid)
+    transformer = _transformer(grid.crs, crs)
+    metres = _metres_per_unit(grid, crs, transformer)
+    x, y = transformer.transform(*_outline(grid))
+    step_y, step_x = (ground_sample_distance_m / LADDER ** round(math.log(size, LADDER)) for size in metres)
+    first_x, end_x = _lines(x / step_x)
+    first_y, end_y = _lines(-y / step_y)
+    transform = (step_x, 0.0, first_x * step_x, 0.0, -step_y, -first_y * step_y)
+    return TargetGrid(Grid(crs, transform, end_x - first_x, end_y - first_y), (first_y, first_x))
 
 
-def _scale(length: float, size_m: float, ground_sample_distance_m: float) -> float:
-    """Scene pixels in one target pixel along an axis, the same for every crop of the scene."""
-    metres_per_unit = LADDER ** round(math.log(size_m / length, LADDER))
-    scale = ground_sample_distance_m / (length * metres_per_unit)
-    return 1.0 if abs(scale - 1) <= SAME_SCALE else scale
+def positions(scene: Grid, target: TargetGrid, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where places in pixels of the maps lie in the scene's: its rows and columns, each (rows, columns), float64."""
+    node_y, share_y = _nodes(rows + target.first_px[0])
+    node_x, share_x = _nodes(columns + target.first_px[1])
+    step_x, step_y = target.grid.affine.a, target.grid.affine.e
+    xs, ys = np.meshgrid(node_x * step_x, node_y * step_y)
+    x, y = _transformer(target.grid.crs, scene.crs).transform(xs, ys)
+    at_column, at_row = _moved(~scene.affine, np.asarray(x), np.asarray(y))
+    # a node without coordinates there lies far off
+    at_row, at_column = (np.where(np.isfinite(places), places, -1e9) for places in (at_row, at_column))
+    return share_y @ at_row @ share_x.T, share_y @ at_column @ share_x.T
 
 
-def resampled(scene: Scene, ground_sample_distance_m: float) -> tuple[SceneReader, Grid]:
-    """The scene as the model sees it, lazily: uint8 windows and validity at the model's scale, and their grid."""
-    target = target_grid(scene.grid, ground_sample_distance_m)
-    source = Source(open_pixels(scene), (scene.grid.height, scene.grid.width), target)
-    kept: list[tuple[tuple[int, int, int, int], np.ndarray]] = []  # the last window: its validity is asked for next
-
-    def read(*window: int) -> np.ndarray:
-        row, column, rows, columns = window
-        if not kept or kept[0][0] != window:
-            kept[:] = [((row, column, rows, columns), _resample(source, (row, column, rows, columns)))]
-        return kept[0][1]
-
-    def read_colours(row: int, column: int, rows: int, columns: int) -> np.ndarray:
-        return read(row, column, rows, columns)[..., :3]
-
-    def read_valid(row: int, column: int, rows: int, columns: int) -> np.ndarray:
-        return read(row, column, rows, columns)[..., 3] > 127
-
-    grid = target.grid
-    return SceneReader(grid.height, grid.width, read_colours, read_valid, target.first_px), grid
+def _outline(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    along = np.linspace(0, 1, EDGE_POINTS)
+    begin, end = np.zeros_like(along), np.ones_like(along)
+    columns, rows = np.concatenate([along, along, begin, end]), np.concatenate([begin, end, along, along])
+    return _moved(grid.affine, columns * grid.width, rows * grid.height)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A scene's lazy rasters, its size in its own pixels (y, x), and the grid that they are resampled to."""
-
-    layers: list[Layer]
-    size_px: tuple[int, int]
-    target: TargetGrid
+def _moved(affine: Affine, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return affine.a * x + affine.b * y + affine.c, affine.d * x + affine.e * y + affine.f
 
 
-def _resample(source: Source, window: tuple[int, int, int, int]) -> np.ndarray:
-    """Window (row, column, height, width) of the scaled picture; reads a margin, so windows meet without seams."""
-    row, column, rows, columns = window
-    target = source.target
-    if target.scale == (1.0, 1.0):
-        return read_window(source.layers, row, column, rows, columns)
-    down = _Span.of(target.offset[0] + row * target.scale[0], rows, target.scale[0], source.size_px[0])
-    across = _Span.of(target.offset[1] + column * target.scale[1], columns, target.scale[1], source.size_px[1])
-    pixels = read_window(source.layers, down.first, across.first, down.end - down.first, across.end - across.first)
-    # The grid's outer pixels reach beyond the scene by less than one of them: its edge is repeated there.
-    pixels = np.pad(pixels, ((down.before, down.after), (across.before, across.after), (0, 0)), mode="edge")
-    box = (across.box[0], down.box[0], across.box[1], down.box[1])
-    bands = [
-        Image.fromarray(np.ascontiguousarray(pixels[..., band])).resize((columns, rows), Image.Resampling.BILINEAR, box)
-        for band in range(pixels.shape[2])
-    ]
-    return np.stack([np.asarray(band) for band in bands], axis=-1)
+def _lines(places: np.ndarray) -> tuple[int, int]:
+    """First and last line around places; one that a place misses by rounding alone counts as met."""
+    first, end = math.floor(places.min() + 1e-4), math.ceil(places.max() - 1e-4)
+    return first, max(end, first + 1)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Pixels to read for an interval along an axis, how many to repeat on either side, and the interval inside."""
+def _nodes(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes around places along an axis, and the share of each in each place (places, nodes)."""
+    first, last = math.floor(places.min() / NODE_PX), math.floor(places.max() / NODE_PX) + 1
+    nodes = np.arange(first, last + 1)
+    return nodes * NODE_PX, (1 - np.abs(places[:, None] / NODE_PX - nodes)).clip(min=0)
 
-    first: int
-    end: int
-    before: int
-    after: int
-    box: tuple[float, float]
 
-    @classmethod
-    def of(cls, begin: float, length: int, scale: float, limit: int) -> "_Span":
-        end = begin + length * scale
-        margin = math.ceil(max(1.0, scale)) + 1  # of the resampling kernel
-        wanted_first, wanted_end = math.floor(begin) - margin, math.ceil(end) + margin
-        first, last = min(max(wanted_first, 0), limit - 1), max(min(wanted_end, limit), 1)
-        before, after = max(first - wanted_first, 0), max(wanted_end - last, 0)
-        return cls(first, last, before, after, (begin - wanted_first, end - wanted_first))
+def _metres_per_unit(grid: Grid, crs: str, transformer: Transformer) -> tuple[float, float]:
+    """(height, width) on the ground of a unit of the maps' CRS in the middle of a scene, about the same all over it."""
+    unit = 1e-5 if CRS.from_user_input(crs).is_geographic else 1.0
+    sizes = []
+    for row, column in product(np.linspace(0, grid.height, CHECKED_POINTS), np.linspace(0, grid.width, CHECKED_POINTS)):
+        x, y = transformer.transform(*(grid.affine @ (column, row)))
+        if not math.isfinite(x + y):
+            raise CrsError(f"the scene reaches beyond what {crs} covers; {REMEDY}")
+        height_m, width_m = Grid(crs, (unit, 0.0, x, 0.0, -unit, y), 1, 1).pixel_size_m()
+        sizes.append((height_m / unit, width_m / unit))
+    height, width = sizes[len(sizes) // 2]
+    if not np.allclose(sizes, (height, width), rtol=MAX_SCALE_ERROR):
+        raise CrsError(f"pixels in {crs} differ by over {MAX_SCALE_ERROR:.0%} within the scene; {REMEDY}")
+    return height, width
+
+
+@lru_cache(maxsize=64)
+def _transformer(source: str, target: str) -> Transformer:
+    return Transformer.from_crs(CRS.from_user_input(source), CRS.from_user_input(target), always_xy=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rsplatform.localize.scales import MapScale, View, score_scales, windows_by_resolution
+from rsplatform.localize.scales import Looks, MapScale, View, moved, score_scales, windows_by_resolution
 from rsplatform.localize.scene import PatchEncoder, SceneReader, Tiling, score_strips
 from rsplatform.model.embedder import Embedder
 
@@ -61,12 +61,20 @@ def multi_scale_maps(
     scales: Sequence[MapScale],
 ) -> torch.Tensor:
     """maps_CHW like `picture_maps` on the same grid, averaged with those of further `scales`."""
-    views = []
-    for resolution, windows in windows_by_resolution(window, scales).items():
+    return averaged_maps(embedder, image_HWC, texts_CE, Looks(window, tuple(scales)), scale)
+
+
+def averaged_maps(
+    embedder: Embedder, image_HWC: np.ndarray, texts_CE: torch.Tensor, looks: Looks, scale: Scale = AS_IT_IS
+) -> torch.Tensor:
+    """maps_CHW like `picture_maps` on the same grid, the mean of several looks."""
+    views: list[View] = []
+    for resolution, windows in windows_by_resolution(looks.window, looks.scales).items():
         scene = _whole_patches(image_HWC, scale.factor * resolution, embedder.patch_size)
         cell = (embedder.patch_size / scene.height_px, embedder.patch_size / scene.width_px)  # shares of the picture
         patches = encoder(embedder, scale.ground_sample_distance_m / resolution)
-        views.append(View(scene, patches, tiling(embedder, windows[0]), windows[1:], (0.0, 0.0), cell))
+        view = View(scene, patches, tiling(embedder, windows[0]), windows[1:], (0.0, 0.0), cell)
+        views += moved(view, looks.phases)
     return torch.cat([strip.maps_CHW for strip in score_scales(views, texts_CE)], dim=1)
 
 

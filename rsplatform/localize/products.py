@@ -21,7 +21,7 @@ from rsplatform.config import ConfigError
 from rsplatform.curate.pipeline import DROP_FIELDS, Shard
 from rsplatform.geo import Grid
 from rsplatform.localize.decide import label_pixels
-from rsplatform.localize.ground_grid import resampled
+from rsplatform.localize.ground_pixels import resampled
 from rsplatform.localize.legend import Legend
 from rsplatform.localize.rasters import mask_cog, score_cog
 from rsplatform.localize.regions import RegionFinder
@@ -79,13 +79,14 @@ def _meeting(names: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ProductRecipe:
-    """How scores become products; `ground_sample_distance_m` is that of the maps."""
+    """How scores become products; `ground_sample_distance_m` and `maps_crs` are those of the maps."""
 
     legend: Legend
     ground_sample_distance_m: float
     patch_size_px: int
     limits: Limits
     guided_filter: GuidedFilter | None
+    maps_crs: str | None = None
 
 
 def scene_shard(number: int, uri: str, name: str, scene: Scene | None, strips: range, drop: SceneError | None) -> Shard:
@@ -130,7 +131,7 @@ class MakeProducts:
     def _make(self, shard: Shard) -> dict[str, Any]:
         scene, recipe = scene_from_json(shard["scene"]), self.recipe
         with rasterio.Env(**dict[str, Any](storage.gdal_options())), tempfile.TemporaryDirectory() as temporary:
-            reader, grid = resampled(scene, recipe.ground_sample_distance_m)
+            reader, grid = resampled(scene, recipe.ground_sample_distance_m, recipe.maps_crs)
             stored = stored_strips(self.strips_uri, range(*shard["strips"]), recipe.patch_size_px**2)
             stem = Path(temporary) / PurePosixPath(shard["name"]).name
             objects = write_products(stem, stored, reader, grid, recipe)

@@ -3,10 +3,13 @@
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
+from pyproj.exceptions import CRSError
 
 from rsplatform.config import Config, ModelArtifact, StageConfig
+from rsplatform.geo import CrsError, to_lonlat
 from rsplatform.localize.calibrate import Calibration
 from rsplatform.localize.decide import NO_DATA
+from rsplatform.localize.scales import MapScale
 from rsplatform.localize.sharpen import GuidedFilter
 from rsplatform.localize.window import SmoothWindow
 from rsplatform.sources.scenes import SceneSource
@@ -21,6 +24,15 @@ def _says_something(text: str) -> str:
     return text
 
 
+def _names_a_crs(text: str) -> str:
+    try:
+        to_lonlat(text)
+    except (CRSError, CrsError) as error:
+        raise ValueError(f"{text!r} is no CRS of a place on Earth; write one such as EPSG:32735") from error
+    return text
+
+
+MapsCrs = Annotated[str, AfterValidator(_names_a_crs)]
 Text = Annotated[str, AfterValidator(_says_something)]
 
 
@@ -38,9 +50,14 @@ class Sought(Config):
 class LocalizeConfig(StageConfig):
     """Scenes, a model, what to find and the background prompts it competes with.
 
-    `window` is smooth attention's in patches. Of the objects, regions below `min_area_m2` are left out and holes up to
-    `max_hole_m2` filled; the mask shows what each pixel was decided to be. `guided_filter` sharpens the maps at the
-    picture's edges; `calibration` asks of each class more than beating the background. (Our defaults.)
+    `window` is smooth attention's in patches. Maps lie in the UTM zone of a scene's centre, at multiples of their
+    pixel, so that parts and reprojected copies of a scene get the same ones; `maps_crs` names one CRS for all scenes,
+    for those that meet across zones. Maps of further `scales` are averaged with the first, and of patches moved to
+    `phases` places along each axis, which makes them steadier for `phases`² times the work.
+
+    Of the objects, regions below `min_area_m2` are left out and holes up to `max_hole_m2` filled; the mask shows what
+    each pixel was decided to be. `guided_filter` sharpens the maps at the picture's edges; `calibration` asks of each
+    class more than beating the background. (Our defaults.)
     """
 
     model: ModelArtifact
@@ -49,6 +66,9 @@ class LocalizeConfig(StageConfig):
     background_prompts: list[Text] = Field(min_length=1)
     ground_sample_distance_m: float = Field(gt=0)
     window: SmoothWindow = 3
+    maps_crs: MapsCrs | None = None
+    scales: list[MapScale] = []
+    phases: int = Field(default=1, ge=1, le=4)
     min_area_m2: float = Field(default=400.0, ge=0)
     max_hole_m2: float = Field(default=0.0, ge=0)
     guided_filter: GuidedFilter | None = None

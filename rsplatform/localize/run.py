@@ -20,6 +20,7 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
 from rsplatform.curate.pipeline import Loaded, Pipeline, Shard, run_pipeline
+from rsplatform.geo import CrsError
 from rsplatform.localize.calibrate import (
     MARGIN_SCHEMA,
     ImageScorer,
@@ -29,7 +30,8 @@ from rsplatform.localize.calibrate import (
     thresholds,
 )
 from rsplatform.localize.figures import mask_overlay
-from rsplatform.localize.ground_grid import resampled
+from rsplatform.localize.ground_grid import target_grid
+from rsplatform.localize.ground_pixels import resampled
 from rsplatform.localize.legend import Legend
 from rsplatform.localize.picture import tiling
 from rsplatform.localize.products import (
@@ -41,6 +43,7 @@ from rsplatform.localize.products import (
     scene_shard,
 )
 from rsplatform.localize.recipe import LocalizeConfig, Sought
+from rsplatform.localize.scales import Looks
 from rsplatform.localize.score_scenes import (
     STRIP_SCHEMA,
     ScoreRecipe,
@@ -88,7 +91,8 @@ class Job:
     def scores(self) -> ScoreRecipe:
         """What decides the scores."""
         config = self.config
-        return ScoreRecipe(tuple(config.prompts), config.ground_sample_distance_m, config.window)
+        looks = Looks(config.window, tuple(config.scales), config.phases)
+        return ScoreRecipe(tuple(config.prompts), config.ground_sample_distance_m, looks, config.maps_crs)
 
     def rows(self, table: str, columns: list[str]) -> Any:
         """Columns of one of the artifact's tables."""
@@ -138,6 +142,7 @@ def localize_with(config: LocalizeConfig, cluster: Cluster, stage: Stage, run: R
         job.embedder.patch_size,
         Limits(config.min_area_m2, config.max_hole_m2, config.ground_sample_distance_m),
         config.guided_filter,
+        config.maps_crs,
     )
     make = MakeProducts(job.artifact, job.artifact.path(STRIPS_TABLE), recipe)
     pipeline = Pipeline(STAGE, job.artifact, SCENES_TABLE, SCENE_SCHEMA, read_scene, (make,))
@@ -155,9 +160,12 @@ def _described(job: Job) -> list[SceneFile]:
     for uri, place in track(found, description="describe scenes", transient=True):
         try:
             scene = describe_scene(uri, place, source, may_lack_crs=True)
+            target_grid(scene.grid, job.config.ground_sample_distance_m, job.config.maps_crs)
             files.append(SceneFile(uri, names[uri], scene))
         except SceneError as error:
             files.append(SceneFile(uri, names[uri], None, error))
+        except CrsError as error:
+            files.append(SceneFile(uri, names[uri], None, SceneError("unusable_crs", f"{uri}: {error}")))
     return files
 
 
@@ -239,6 +247,6 @@ def _log_pictures(job: Job, files: list[SceneFile]) -> None:
     with rasterio.Env(**dict[str, Any](storage.gdal_options())):
         for file in [file for file in files if file.name in kept][:MAX_PICTURES]:
             assert file.scene is not None, "a scene that was kept"
-            reader, _ = resampled(file.scene, job.config.ground_sample_distance_m)
+            reader, _ = resampled(file.scene, job.config.ground_sample_distance_m, job.config.maps_crs)
             mask = storage.gdal_path(job.artifact.path(f"{file.name}_mask.tif"))
             job.stage.run.log_picture(mask_overlay(reader, mask, names), f"{file.name}.png")

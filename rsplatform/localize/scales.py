@@ -1,4 +1,4 @@
-"""One score map from several looks at a scene: at other resolutions, through other windows, averaged.
+"""One score map from several looks at a scene: at other resolutions, through other windows, of other patches, averaged.
 
 In: views of one scene, each as score_strips takes it, and where their patches lie. Out: strips of the first view's
 patches, in order, so memory holds a row of tiles of each view. It resamples no pixels and loads no model.
@@ -6,7 +6,8 @@ Shapes: C texts, HxW patches.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from pydantic import Field
@@ -42,6 +43,15 @@ def windows_by_resolution(window: int, scales: Sequence[MapScale]) -> dict[float
 
 
 @dataclass(frozen=True)
+class Looks:
+    """Maps that are averaged: of `window` at the own resolution, of `scales`, of patches at `phases`² places."""
+
+    window: int = 3
+    scales: tuple[MapScale, ...] = ()
+    phases: int = 1
+
+
+@dataclass(frozen=True)
 class View:
     """A scene at one resolution. Maps of the tiling's window and the `narrower` ones count alike.
 
@@ -64,6 +74,25 @@ class View:
         """Patches along axis 0 (y) or 1 (x)."""
         patch, length_px = self.encoder.patch_size_px, (self.scene.height_px, self.scene.width_px)[axis]
         return -(-(self.scene.first_px[axis] % patch + length_px) // patch)
+
+
+def moved(view: View, phases: int) -> list[View]:
+    """The view, and the same with patches that begin elsewhere: at `phases` x `phases` places of a patch.
+
+    What a model makes of a picture depends on where patches cut it, the more the smaller it is; the mean depends less.
+    """
+    patch, (first_y, first_x) = view.encoder.patch_size_px, view.scene.first_px
+    views = []
+    for down, across in product([patch * phase // phases for phase in range(phases)], repeat=2):
+        scene = replace(view.scene, first_px=(first_y + down, first_x + across))
+        begins = [
+            origin + (first % patch - now % patch) * cell / patch
+            for origin, cell, first, now in zip(
+                view.origin, view.cell, view.scene.first_px, scene.first_px, strict=True
+            )
+        ]
+        views.append(replace(view, scene=scene, origin=(begins[0], begins[1])))
+    return views
 
 
 def placed(scene: SceneReader, grid: Grid, frame: Grid, patch_size_px: int) -> tuple[Pair, Pair]:

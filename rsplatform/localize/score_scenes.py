@@ -19,9 +19,12 @@ import torch
 from rsplatform import storage
 from rsplatform.artifacts import open_artifact
 from rsplatform.curate.pipeline import DROP_FIELDS, Shard, replace_column
-from rsplatform.localize.ground_grid import resampled, target_grid
+from rsplatform.geo import Grid
+from rsplatform.localize.ground_grid import target_grid
+from rsplatform.localize.ground_pixels import resampled
 from rsplatform.localize.picture import encoder, tiling
-from rsplatform.localize.scene import Strip, Tiling, patches_along, score_strips
+from rsplatform.localize.scales import Looks, View, moved, placed, score_scales, windows_by_resolution
+from rsplatform.localize.scene import Strip, Tiling, patches_along
 from rsplatform.model.embedder import Embedder
 from rsplatform.sources.scenes import Scene, SceneError, scene_from_json
 
@@ -52,16 +55,17 @@ def load_model(root: str, model_ref: str, device: str = "cpu") -> Embedder:
 
 @dataclass(frozen=True)
 class ScoreRecipe:
-    """What decides the scores: the texts, the scale and smooth attention's window."""
+    """What decides the scores: the texts, the grid of the maps and what is averaged on it."""
 
     prompts: tuple[str, ...]
     ground_sample_distance_m: float
-    window: int
+    looks: Looks
+    maps_crs: str | None = None
 
 
 def strip_shards(number: int, scene: Scene, recipe: ScoreRecipe, tiles: Tiling, patch_size_px: int) -> list[Shard]:
     """The strips of one scene, from north to south; their size depends on the recipe and the scene alone."""
-    target = target_grid(scene.grid, recipe.ground_sample_distance_m)
+    target = target_grid(scene.grid, recipe.ground_sample_distance_m, recipe.maps_crs)
     rows = patches_along(target.first_px[0], target.grid.height, patch_size_px)
     columns = patches_along(target.first_px[1], target.grid.width, patch_size_px)
     most = min(STRIP_PATCHES, STRIP_SCORES // len(recipe.prompts)) // columns
@@ -114,14 +118,22 @@ class StripScorer:
     def _score(self, shard: Shard) -> np.ndarray:
         scene, recipe = scene_from_json(shard["scene"]), self._recipe
         with rasterio.Env(**dict[str, Any](storage.gdal_options())):
-            reader, _ = resampled(scene, recipe.ground_sample_distance_m)
-            patches, tiles = (
-                encoder(self._embedder, recipe.ground_sample_distance_m),
-                tiling(self._embedder, recipe.window),
-            )
-            rows = (shard["first"], shard["end"])
-            strips = score_strips(reader, patches, self._texts_CE, tiles, patch_rows=rows)
+            strips = score_scales(views(self._embedder, scene, recipe), self._texts_CE, (shard["first"], shard["end"]))
             return torch.cat([strip.maps_CHW for strip in strips], dim=1).numpy()
+
+
+def views(embedder: Embedder, scene: Scene, recipe: ScoreRecipe) -> list[View]:
+    """The looks at a scene that its scores are the mean of; the first is on the grid of the maps."""
+    found: list[View] = []
+    frame: Grid | None = None
+    for resolution, windows in windows_by_resolution(recipe.looks.window, recipe.looks.scales).items():
+        distance_m = recipe.ground_sample_distance_m / resolution
+        reader, grid = resampled(scene, distance_m, recipe.maps_crs)
+        frame = frame or grid
+        patches, tiles = encoder(embedder, distance_m), tiling(embedder, windows[0])
+        view = View(reader, patches, tiles, windows[1:], *placed(reader, grid, frame, patches.patch_size_px))
+        found += moved(view, recipe.looks.phases)
+    return found
 
 
 def stored_strips(uri: str, rows: range, pixels_per_patch: int) -> Iterator[Strip]:

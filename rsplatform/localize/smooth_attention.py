@@ -6,7 +6,7 @@ chooses no threshold and knows no picture: whole scenes are `scene.py`'s work.
 Shapes: B batch, HxW patch grid, UxV window centres, K pooling heads, D width, E embedding, C texts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,9 @@ def smooth_attention(
     _check(values_BHWD, texts_CE, window, stride)
     height, width = values_BHWD.shape[1:3]
     rows, columns = (_centres(length, window // 2, stride) for length in (height, width))
-    pooled_BUVD = _pool_windows(values_BHWD, _scores_per_head(values_BHWD, scores_BHW), rows, columns, window // 2)
-    maps_BCUV = _cosines(pooled_BUVD, texts_CE, head)
+    pooled = _pool_windows(values_BHWD, _scores_per_head(values_BHWD, scores_BHW), rows, columns, window // 2)
+    # strip by strip, so that what the head reads is still in cache
+    maps_BCUV = torch.cat([_cosines(strip_BUVD, texts_CE, head) for strip_BUVD in pooled], dim=2)
     over_rows_HU = _mean_over_cover(rows, height, window // 2, maps_BCUV)
     over_columns_WV = _mean_over_cover(columns, width, window // 2, maps_BCUV)
     return over_rows_HU @ maps_BCUV @ over_columns_WV.T
@@ -100,7 +101,7 @@ def _centres(length: int, radius: int, stride: int) -> list[int]:
 
 def _pool_windows(
     values_BHWD: torch.Tensor, scores_BKHW: torch.Tensor, rows: list[int], columns: list[int], radius: int
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     """Softmax of the scalar scores in each window, then a shifted multiply-add of the values per window cell.
 
     Exact however widely the scores spread, because each window subtracts its own maximum; and w² passes over
@@ -118,7 +119,6 @@ def _pool_windows(
     on_cpu = values_BHWD.device.type == "cpu"
     strip_values = CPU_STRIP_VALUES if on_cpu else DEVICE_STRIP_VALUES
     strip_rows = max(1, strip_values // (batch * len(columns) * depth))
-    strips = []
     for start in range(0, len(rows), strip_rows):
         strip = rows[start : start + strip_rows]
         shifted_scores = [_take(_take(scores_BKPQ, 2, strip, y), 3, columns, x) for y, x in shifts]
@@ -127,8 +127,7 @@ def _pool_windows(
         for weights_BUVK1, (y, x) in zip(weights_SBUVK1, shifts, strict=True):
             shifted_BUVKd = _take(_take(values_BPQKd, 1, strip, y), 2, columns, x)
             pooled_BUVKd = torch.addcmul(pooled_BUVKd, weights_BUVK1, shifted_BUVKd)
-        strips.append(pooled_BUVKd.flatten(3))
-    return torch.cat(strips, dim=1).to(values_BHWD.dtype)
+        yield pooled_BUVKd.flatten(3).to(values_BHWD.dtype)
 
 
 def _take(tensor: torch.Tensor, axis: int, positions: Sequence[int], shift: int) -> torch.Tensor:
