@@ -34,7 +34,7 @@ pytestmark = pytest.mark.ray
 OTHER_INDEX = "index/tiny/v2"  # the same chips without captions, by which answers tell what they came from
 CONFIG = ServeConfig(output="deployment/tiny/v1", model=MODEL, index=INDEX, chips=CHIPS, request_timeout_s=15)
 CLIENTS = 8
-PATIENCE_S = 150
+PATIENCE_S = 300
 DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana.json"
 
 
