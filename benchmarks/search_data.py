@@ -54,6 +54,23 @@ def make_data(model: Path, rsicd: Path, rows: int, width: int, queries: int, pic
     return Data(vectors, make_bounds(rows, rng), texts[:queries], texts[queries:], distance, len(real))
 
 
+def kept_data(folder: Path, wanted: tuple[Path, Path, int, int, int, int]) -> Data:
+    """`make_data(*wanted)`, from the folder if a run has left it there, else left there for the next."""
+    described = [str(each) for each in wanted]
+    note = folder / "made.json"
+    if not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in make_data(*wanted)._asdict().items():
+            np.save(folder / f"{name}.npy", value)
+        note.write_text(json.dumps(described))
+    if json.loads(note.read_text()) != described:
+        raise ValueError(f"{folder} holds rows of {note.read_text()}; give another --data")
+    parts = {name: np.load(folder / f"{name}.npy") for name in Data._fields}
+    return Data(
+        **parts | {"neighbour_distance": float(parts["neighbour_distance"]), "num_real": int(parts["num_real"])}
+    )
+
+
 def tenth_neighbour_distance(unit_NE: np.ndarray) -> float:
     """Median distance of a vector to its tenth neighbour."""
     cosines = unit_NE @ unit_NE.T

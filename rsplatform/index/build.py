@@ -33,7 +33,7 @@ class BuildIndexConfig(StageConfig):
     `chips` is one artifact (with its `captions`, which only add text to the results) or a list of sources, as for
     chips of several sizes. `base` is an earlier index of the same model, whose rows are taken over but for
     `remove_scenes` (globs over scene names). `rows_per_shard` is the unit of resuming; from `exact_below_rows` rows
-    on, vectors get an IVF-PQ index, and searches whose filter leaves fewer are exact.
+    on, searches visit the lists of rows near the query (vector_index.py); below, they compare every row.
     """
 
     model: ModelArtifact
@@ -136,7 +136,7 @@ def _metrics(meta: IndexMeta) -> dict[str, float]:
     """The numbers of meta.json for MLflow and the manifest."""
     measured = {
         f"index_{name}": getattr(meta, name)
-        for name in ("num_partitions", "num_sub_vectors", "num_probes", "candidates", "target_recall", "recall_at_10")
+        for name in ("num_partitions", "num_probes", "target_recall", "recall_at_10", "recall_queries")
     }
     sizes = {"chips_indexed": meta.num_rows, "embedding_width": meta.embedding_width}
     return {name: float(value) for name, value in (sizes | measured).items() if value is not None}

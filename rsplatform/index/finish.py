@@ -10,9 +10,9 @@ from rsplatform.index.table import META, IndexMeta, MappedVectors, forget_rows, 
 from rsplatform.index.vector_index import train_vector_index
 from rsplatform.storage import write_json
 
-# Comparing so many vectors of 512 takes 15 to 20 ms on one core; above it a vector index is trained (our default).
+# Comparing so many vectors of 512 takes 15 to 20 ms on one core; above it lists are trained (our default).
 EXACT_BELOW_ROWS = 50_000
-TEXT_QUERIES = 48
+TEXT_QUERIES = 128
 
 EmbedTexts = Callable[[Sequence[str]], np.ndarray]
 
@@ -25,8 +25,8 @@ def finish_index(
 ) -> IndexMeta:
     """Make the table of the pipeline's rows and write meta.json; killed anywhere, it starts again from those rows.
 
-    From `exact_below_rows` on, a vector index is trained whose recall is measured with the rows' own vectors and, if
-    the model's `embed_texts` is given, with their captions.
+    From `exact_below_rows` on, lists of near rows are trained, and the recall of visiting some of them is measured with
+    the rows' own vectors and, if the model's `embed_texts` is given, with their captions.
 
     Raises:
         ArtifactError: there are no rows.

@@ -1,7 +1,8 @@
 """The index of one model over chips and pictures, opened for searching.
 
 In: a query vector and a filter. Out: the k nearest chips that meet the filter. The filter is applied first, in memory;
-what it leaves is compared exactly unless it is larger than `exact_below_rows`: then the vector index names candidates.
+what it leaves is compared exactly. A large index narrows that to the lists of rows near the query, and by less the more
+a filter leaves out, so that few rows are compared whole.
 It embeds nothing, and refuses vectors of another model than the caller's.
 """
 
@@ -24,8 +25,6 @@ COLUMNS = [
     *("id", "table", "row", "file", "scene", "split", "caption", "kinds", "datetime", "ground_sample_distance_m"),
     *("west", "south", "east", "north", "row_px", "column_px", "height_px", "width_px"),
 ]
-# The vector index finds too few where its nearest lists lie outside of the filter: then the filter's rows are compared.
-ENOUGH_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class ChipIndex:
         self._rows = open_rows(artifact_uri)
         self._held = HeldRows(self._rows.to_table(columns=HELD_COLUMNS))
         self._mapped = MappedVectors(artifact_uri, self.meta.num_rows, self.meta.embedding_width)
-        self._vector_index = VectorIndex(artifact_uri, self.meta) if self.meta.search == "ivf_pq" else None
+        self._vector_index = VectorIndex(artifact_uri, self.meta) if self.meta.search == "ivf" else None
 
     def search(self, vector_E: np.ndarray, k: int, search_filter: SearchFilter | None = None) -> list[Hit]:
         """The `k` chips of highest cosine among those that meet the filter, best first; fewer only if fewer exist.
@@ -107,16 +106,9 @@ class ChipIndex:
         return self._held.kind_counts()
 
     def _nearest(self, query_E: np.ndarray, k: int, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        num_left = self.meta.num_rows if rows is None else len(rows)
-        if self._vector_index is None or num_left < max(self.meta.exact_below_rows, k):
-            return nearest(self._mapped.vectors_NE, query_E, k, rows)
-        candidates, asked = self._vector_index.candidates(query_E, k, num_left)
-        if rows is not None:
-            places = np.searchsorted(rows, candidates)
-            candidates = candidates[rows[np.minimum(places, num_left - 1)] == candidates]
-        if len(candidates) < max(k, ENOUGH_FRACTION * asked):
-            return nearest(self._mapped.vectors_NE, query_E, k, rows)
-        return nearest(self._mapped.vectors_NE, query_E, k, np.sort(candidates))
+        if self._vector_index is not None:
+            rows = self._vector_index.near(query_E, k, rows)
+        return nearest(self._mapped.vectors_NE, query_E, k, rows)
 
     def _hits(self, numbers: np.ndarray, cosines: list[float]) -> list[Hit]:
         if not len(numbers):

@@ -6,7 +6,6 @@ and its vectors one after the other in its order, which searches map into memory
 Shapes: N rows, E embedding.
 """
 
-import math
 import mmap
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ class IndexMeta:
     """What meta.json holds, and the manifest's `index_…` metrics.
 
     `recall_at_10` is that of the search that is used against the exact one, over `recall_queries` queries; None where
-    the search is exact. `candidates` are compared again exactly, of those that `num_probes` lists give.
+    the search is exact. Of `num_partitions` lists a search visits `num_probes`, and compares their rows exactly.
     """
 
     model_hash: str
@@ -50,11 +49,9 @@ class IndexMeta:
     num_rows: int
     exact_below_rows: int
     metric: Literal["cosine"] = "cosine"
-    search: Literal["exact", "ivf_pq"] = "exact"
+    search: Literal["exact", "ivf"] = "exact"
     num_partitions: int | None = None
-    num_sub_vectors: int | None = None
     num_probes: int | None = None
-    candidates: int | None = None
     target_recall: float | None = None
     recall_at_10: float | None = None
     recall_queries: int | None = None
@@ -156,24 +153,6 @@ class MappedVectors:
             # each page that is first met in a search costs 5 µs, four milliseconds for 700 rows
             mapped.reshape(-1)[:: mmap.PAGESIZE // 2].max()
         self.vectors_NE = torch.from_numpy(mapped)
-
-
-def row_bases(rows: lance.LanceDataset) -> tuple[np.ndarray, np.ndarray]:
-    """First row id of each fragment, ascending, and the number of the row that has it (no row was ever deleted)."""
-    fragments = rows.get_fragments()
-    numbers = np.array([fragment.fragment_id for fragment in fragments], dtype=np.uint64)
-    counts = np.array([fragment.count_rows() for fragment in fragments], dtype=np.int64)
-    return numbers << np.uint64(32), np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-
-
-def whole_divisor(number: int, near: int) -> int:
-    """The largest divisor of `number` that is at most `near`."""
-    return next(part for part in range(max(1, min(near, number)), 0, -1) if number % part == 0)
-
-
-def default_partitions(num_rows: int) -> int:
-    """Lists of an IVF index: as many as the square root of the rows (our default)."""
-    return max(1, round(math.sqrt(num_rows)))
 
 
 def _lance(uri: str) -> lance.LanceDataset:

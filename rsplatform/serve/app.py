@@ -40,6 +40,8 @@ def running(served: Served) -> Iterator[str]:
     port = _free_port(placement.host, placement.port)
     handlers = _signal_handlers()
     joined = served.cluster.ray_address is not None or "RAY_ADDRESS" in os.environ
+    # the controller's: what a replica holds that hangs is given up with it, not after the time of a graceful stop
+    os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
     with ray_runtime(served.cluster):
         _handle_again(handlers)
         http = {

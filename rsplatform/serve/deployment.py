@@ -85,8 +85,8 @@ def serving(config: ServeConfig, cluster: Cluster) -> Iterator[str]:
 def application(args: dict[str, Any]) -> Any:
     """What `serve deploy cluster/serve.yaml` builds: args `recipe` and `cluster` are files, `overrides` key=value.
 
-    A changed file that is deployed again replaces the replicas one by one, so that an index or model can be swapped
-    under load.
+    A changed file that is deployed again replaces the replicas one by one, each after what it still answers, so that an
+    index or model can be swapped under load.
 
     Raises:
         ConfigError: a wrong file, or an address that others can reach, without API keys.

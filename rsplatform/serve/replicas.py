@@ -185,7 +185,8 @@ def build_application(served: Served) -> serve.Application:
         "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
-        "graceful_shutdown_timeout_s": 5,
+        # what a replaced replica still answers is answered, or refused by the guard's own limits
+        "graceful_shutdown_timeout_s": served.guard.max_body_seconds + served.guard.max_request_seconds,
         **_replicas(placement),
     }
     pictures = {

@@ -9,12 +9,14 @@ import lance
 import numpy as np
 import pytest
 import ray.cloudpickle
+from PIL import Image
 from tiny_service import CAPTIONS, CHIPS, INDEX, MODEL, build_config, finish, make_artifacts, make_model, tiny_cluster
 
 from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.curate.pipeline import Loaded, run_pipeline, run_plain
-from rsplatform.index.build import build_index, index_pipeline
+from rsplatform.index.build import BuildIndexConfig, build_index, index_pipeline
 from rsplatform.index.embed import load_embedder
+from rsplatform.index.sources import FolderSource
 from rsplatform.index.store import ChipIndex
 from rsplatform.index.table import ROWS_PATH, TABLE_PATH
 from rsplatform.ledger import read_drops
@@ -85,6 +87,22 @@ def test_an_embedder_that_dies_changes_nothing(tmp_path: Path) -> None:
     assert made.drop(["vector"]).equals(expected.drop(["vector"]))
     vectors = [np.stack(table["vector"].to_numpy(zero_copy_only=False)) for table in (made, expected)]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=2e-3)  # float16
+
+
+def test_a_large_index_records_the_recall_that_its_lists_were_chosen_for(tmp_path: Path) -> None:
+    root, folder = str(tmp_path / "root"), tmp_path / "colours"
+    make_model(root)
+    folder.mkdir()
+    for number, colour in enumerate(np.random.default_rng(0).integers(0, 256, (300, 3), dtype=np.uint8)):
+        Image.fromarray(np.tile(colour, (8, 8, 1))).save(folder / f"{number:03d}.png")
+    sources = {"folders": [FolderSource(path=str(folder), scene="colours")], "exact_below_rows": 256}
+    config = BuildIndexConfig(output="index/colours/v1", model=MODEL, **sources)
+    artifact = build_index(config, tiny_cluster(root))
+    metrics = artifact.manifest()["metrics"]
+    assert metrics["index_target_recall"] == 0.98 and 0.98 <= metrics["index_recall_at_10"] <= 1
+    assert metrics["index_num_partitions"] == 35 and 1 <= metrics["index_num_probes"] <= 17
+    index = ChipIndex(artifact.uri, load_embedder(root, MODEL).model_hash)
+    assert index.meta.search == "ivf" and len(index.search(index.vector("colours:007.png"), 10)) == 10
 
 
 def test_a_missing_input_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tiny_service import CHIPS, INDEX, MODEL, SCENE, make_all, tiny_cluster
 from rsplatform.artifacts import Artifact
 from rsplatform.config import ConfigError
 from rsplatform.serve.client import ApiError, Client
-from rsplatform.serve.deployment import ServeConfig, served_by, serving
+from rsplatform.serve.deployment import ServeConfig, application, served_by, serving
 
 pytestmark = pytest.mark.ray
 
@@ -115,6 +115,22 @@ def test_an_open_address_is_refused_before_anything_starts(served_root: str) -> 
     cluster = tiny_cluster(served_root, serve={"host": "0.0.0.0", "port": 0})
     with pytest.raises(ConfigError, match="loopback"), serving(CONFIG, cluster):
         pass
+
+
+def test_haproxy_mode_without_keys_is_refused_before_anything_starts(
+    served_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It listens on every interface, whatever `host` says, and the replicas then see HAProxy's own address."""
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    cluster = tiny_cluster(served_root)
+    refusal = "RAY_SERVE_ENABLE_HA_PROXY=1 listens on every interface; unset it, or set RSPLATFORM_API_KEY_SHA256"
+    with pytest.raises(ConfigError, match=refusal), serving(CONFIG, cluster):
+        pass
+    recipe, placement = tmp_path / "serve.yaml", tmp_path / "cluster.yaml"
+    recipe.write_text(yaml.safe_dump(CONFIG.model_dump()))
+    placement.write_text(yaml.safe_dump({"metadata": {"rsplatform": cluster.model_dump(mode="json")}}))
+    with pytest.raises(ConfigError, match=refusal):  # what `serve deploy` calls
+        application({"recipe": str(recipe), "cluster": str(placement)})
 
 
 def test_a_taken_port_is_refused_before_anything_starts(served_root: str) -> None:

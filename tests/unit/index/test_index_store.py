@@ -186,7 +186,7 @@ def test_vectors_of_another_number_are_refused(rows: pa.Table, tmp_path: Path) -
 
 def test_the_parameters_are_measured_and_recorded(large: ChipIndex, large_truth: Compared) -> None:
     meta = large.meta
-    assert meta.search == "ivf_pq" and meta.num_partitions == 71 and meta.num_sub_vectors and meta.num_probes
+    assert meta.search == "ivf" and meta.num_partitions == 141 and meta.num_probes
     assert meta.target_recall == 0.98 and meta.recall_at_10 is not None and meta.recall_at_10 >= 0.98
     found = sum(
         len({hit.id for hit in large.search(query(seed), 10)} & set(large_truth.ids(query(seed), 10)))
