@@ -98,9 +98,9 @@ class ChipIndex:
             raise KeyError(chip_id)
         return np.asarray(rows[0]["vector"], dtype=np.float32)
 
-    def tables(self) -> set[str]:
-        """The chips artifacts and folders that the rows came from."""
-        return set(self._rows.to_table(columns=["table"])["table"].unique().to_pylist())
+    def chips_refs(self) -> set[str]:
+        """The chips artifacts that rows came from; folders of pictures are none."""
+        return set(self._rows.to_table(columns=["table"], filter="row >= 0")["table"].unique().to_pylist())
 
     def kinds(self) -> dict[str, int]:
         """How many chips show each kind of landmark, most frequent first."""
