@@ -232,6 +232,8 @@ class Stats(BaseModel):
     num_chips: int
     search: str = Field(description="exact, or the kind of the approximate index")
     kinds: dict[str, int]
+    datetime: tuple[str, str] | None = Field(default=None, description="First and last of the chips, where any has one")
+    gsd_m: tuple[float, float] | None = Field(default=None, description="Finest and coarsest of the chips, in metres")
     scenes: list[SceneSummary]
 
 

@@ -6,6 +6,7 @@ a chip the answer is, is localization.py's work.
 
 import math
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -84,7 +85,7 @@ class Retrieval:
             bounds_lonlat=hit.bounds_lonlat if place else None,
             corners_lonlat=corners(place) if place else None,
             scene=hit.scene,
-            datetime=hit.datetime.isoformat().replace("+00:00", "Z") if hit.datetime else None,
+            datetime=rfc3339(hit.datetime) if hit.datetime else None,
             ground_sample_distance_m=None if math.isnan(known_m(hit)) else known_m(hit),
             caption=hit.caption,
             kinds=list(hit.kinds),
@@ -104,8 +105,15 @@ class Retrieval:
             "num_chips": meta.num_rows,
             "search": meta.search,
             "kinds": self.index.kinds(),
+            "datetime": [rfc3339(time) for time in times] if (times := self.index.datetimes()) else None,
+            "gsd_m": self.index.ground_sample_distances_m(),
             "scenes": [scene.summary() for scene in self.catalogue.scenes.values()],
         }
+
+
+def rfc3339(time: datetime) -> str:
+    """A time in UTC as the API tells it."""
+    return time.isoformat().replace("+00:00", "Z")
 
 
 def known_m(hit: Hit) -> float:
