@@ -121,7 +121,8 @@ def test_sliders_narrow_by_date_and_scale(page: Any) -> None:
     assert {item["datetime"] for item in waiting.value.json()["results"]} == {"2021-06-01T10:00:00Z"}
     assert page.locator("#dates output").inner_text() == "2019-03-31 – last"
     early.focus()
-    page.keyboard.press("Home")
+    with page.expect_response("**/v1/search"):
+        page.keyboard.press("Home")
     with page.expect_response("**/v1/search") as waiting:
         late.fill("0")
     assert {item["scene"] for item in waiting.value.json()["results"]} == {COAST}
