@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rsplatform.config import ConfigError
 from rsplatform.index.filters import SearchFilter
@@ -97,9 +98,22 @@ class ChipIndex:
             raise KeyError(chip_id)
         return np.asarray(rows[0]["vector"], dtype=np.float32)
 
-    def tables(self) -> set[str]:
-        """The chips artifacts and folders that the rows came from."""
-        return set(self._rows.to_table(columns=["table"])["table"].unique().to_pylist())
+    def chips_refs(self) -> set[str]:
+        """The chips artifacts that rows came from; folders of pictures are none."""
+        return set(self._rows.to_table(columns=["table"], filter="row >= 0")["table"].unique().to_pylist())
+
+    def datetimes(self) -> tuple[datetime, datetime] | None:
+        """The first and the last time of the chips; None if no chip has one."""
+        known = self._rows.to_table(columns=["datetime"])["datetime"].drop_null()
+        order = known.cast(pa.int64()).to_numpy()
+        return (known[int(order.argmin())].as_py(), known[int(order.argmax())].as_py()) if len(order) else None
+
+    def ground_sample_distances_m(self) -> tuple[float, float] | None:
+        """The finest and the coarsest scale of the chips; None if none is known."""
+        column = "ground_sample_distance_m"
+        known = self._rows.to_table(columns=[column])[column].to_numpy()
+        known = known[np.isfinite(known)]
+        return (float(known.min()), float(known.max())) if len(known) else None
 
     def kinds(self) -> dict[str, int]:
         """How many chips show each kind of landmark, most frequent first."""

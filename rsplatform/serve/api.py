@@ -130,12 +130,15 @@ class Spot(BaseModel):
 
 
 class SearchResult(BaseModel):
-    """One chip; `corners_lonlat` run top left, top right, bottom right, bottom left of the picture."""
+    """One chip; `corners_lonlat` run top left, top right, bottom right, bottom left of the picture.
+
+    A picture of a folder has no place on Earth: its bounds, corners and its spot's lon/lat are null.
+    """
 
     chip_id: str
     score: float = Field(description="Cosine with the query's vector, -1…1")
-    bounds_lonlat: Box
-    corners_lonlat: list[LonLat]
+    bounds_lonlat: Box | None
+    corners_lonlat: list[LonLat] | None
     scene: str
     datetime: str | None
     ground_sample_distance_m: float | None
@@ -222,13 +225,15 @@ class Stats(BaseModel):
 
     model: str
     index: str
-    chips: str
+    chips: list[str] = Field(description="The artifacts whose chips the index holds; none where it holds folders alone")
     model_hash: str
     embedding_width: int
     image_size_px: int
     num_chips: int
     search: str = Field(description="exact, or the kind of the approximate index")
     kinds: dict[str, int]
+    datetime: tuple[str, str] | None = Field(default=None, description="First and last of the chips, where any has one")
+    gsd_m: tuple[float, float] | None = Field(default=None, description="Finest and coarsest of the chips, in metres")
     scenes: list[SceneSummary]
 
 

@@ -1,29 +1,32 @@
-"""Front door `predict`: many instances in the form of POST /predict, or URIs of pictures, in; predictions out.
+"""Front door `predict`: many instances in the form of POST /predict, URIs of pictures, or chips in; predictions out.
 
 In: `.jsonl` files (one instance a line) and `.txt` files (one URI of a picture a line: below the data root, absolute,
-or s3://), one file or a folder of them. Out: `predictions.lance`, a row per line that could be answered, and the same
-as JSONL files, one a shard; what could not be answered is in the ledger with its reason. It fetches no web address.
+or s3://), one file or a folder of them; or a chips artifact. Out: `predictions.lance`, a row per line or chip that
+could be answered, and the same as JSONL files, one a shard; what could not be answered is in the ledger with its
+reason. It fetches no web address.
 """
 
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import lance
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from rsplatform import storage
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, InputPath, ModelArtifact, StageConfig
+from rsplatform.config import ChipsArtifact, ConfigError, InputPath, ModelArtifact, StageConfig
 from rsplatform.curate.pipeline import DROP_FIELDS, Loaded, Pipeline, Shard, replace_column, run_pipeline
+from rsplatform.dataset.store import open_table
 from rsplatform.index.embed import load_embedder
 from rsplatform.model.embedder import granted_device
-from rsplatform.model.preprocess import ImageError, decode_image
-from rsplatform.serve.api import MAX_IMAGE_CHARACTERS, image_bytes
+from rsplatform.model.preprocess import ImageError, Square, read_square
+from rsplatform.serve.api import MAX_IMAGE_CHARACTERS, MAX_TEXTS, Text, exactly_one, image_bytes
 from rsplatform.serve.predict import Instance, predictions
 from rsplatform.stage import finished, open_stage
 
@@ -31,18 +34,33 @@ STAGE, TABLE = "predict", "predictions.lance"
 MAX_LINE_BYTES = MAX_IMAGE_CHARACTERS + 64 * 1024
 VALUES = pa.list_(pa.float32())
 SCHEMA = pa.schema([("id", pa.string()), ("embedding", VALUES), ("scores", VALUES)])
+# A line of a file, or a chip's picture with the metres of its pixels.
+QUESTIONS = pa.schema(
+    [("id", pa.string()), ("line", pa.string()), ("image", pa.binary()), ("ground_sample_distance_m", pa.float32())]
+)
 
 
 class PredictConfig(StageConfig):
-    """What is asked of which model. `rows_per_shard` is the unit of resuming and of the JSONL files that come out."""
+    """What is asked of which model: `instances` in files, or every picture of `chips`, which is embedded, or scored for
+    each of `texts`. `rows_per_shard` is the unit of resuming and of the JSONL files that come out.
+    """
 
     model: ModelArtifact
-    instances: InputPath
+    instances: InputPath | None = None
+    chips: ChipsArtifact | None = None
+    texts: list[Text] = Field(default_factory=list, max_length=MAX_TEXTS)
     rows_per_shard: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PredictConfig":
+        exactly_one(self, ("instances", "chips"))
+        if self.texts and not self.chips:
+            raise ValueError("texts are for chips; a line of instances names its own")
+        return self
 
 
 def predict(config: PredictConfig, cluster: Cluster) -> Artifact:
-    """Embed or score every line of JSONL files, or every picture of a list of URIs, with a model."""
+    """Embed or score every line of JSONL files, every picture of a list of URIs, or every chip, with a model."""
     done = finished(config, cluster)
     if done:
         return done
@@ -54,19 +72,21 @@ def predict(config: PredictConfig, cluster: Cluster) -> Artifact:
 
 
 def predict_pipeline(config: PredictConfig, cluster: Cluster, artifact: Artifact) -> tuple[Pipeline, list[Shard]]:
-    """The pipeline and its shards: ranges of bytes of the files, whole lines each.
+    """The pipeline and its shards: ranges of bytes of the files, whole lines each, or of rows of the chips.
 
     Raises:
         ConfigError: no file of a known kind, or only empty ones.
     """
-    place = cluster.resolve(config.instances).rstrip("/")
-    found = _files(place)
-    shards = [shard for uri in found for shard in _shards(uri, len(found), config.rows_per_shard)]
+    if config.chips:
+        shards = list(_chip_shards(cluster.root, config.chips, config.rows_per_shard))
+    else:
+        found = _files(cluster.resolve(config.instances or "").rstrip("/"))
+        shards = [shard for uri in found for shard in _file_shards(uri, config.rows_per_shard)]
     if not shards:
         raise ConfigError(f"instances {config.instances}: no line in any .jsonl or .txt file there")
     device = granted_device(cluster.data.gpus_per_actor)
-    predictor = Loaded(Predictor, (cluster, config.model, device))
-    return Pipeline(STAGE, artifact, TABLE, SCHEMA, _read_lines, (predictor,)), shards
+    predictor = Loaded(Predictor, (cluster, config.model, device, config.texts))
+    return Pipeline(STAGE, artifact, TABLE, SCHEMA, ReadQuestions(cluster.root), (predictor,)), shards
 
 
 def write_jsonl(artifact: Artifact, rows_per_file: int) -> None:
@@ -80,45 +100,63 @@ def write_jsonl(artifact: Artifact, rows_per_file: int) -> None:
 
 
 class Predictor:
-    """Table operation: loads the model once, then answers one shard after the other."""
+    """Table operation: loads the model once, then answers one shard after the other; `texts` are asked of chips."""
 
-    def __init__(self, cluster: Cluster, model_ref: str, device: str) -> None:
+    def __init__(self, cluster: Cluster, model_ref: str, device: str = "cpu", texts: list[str] | None = None) -> None:
         self._cluster = cluster
+        self._texts = texts or []
         self._embedder = load_embedder(cluster.root, model_ref, device)
 
-    def __call__(self, lines: pa.Table) -> pa.Table:
-        """The rows of `lines` with an embedding or scores, or a reason to drop them."""
-        answers: list[dict[str, Any]] = [{} for _ in range(lines.num_rows)]
-        drops: list[tuple[str | None, str | None]] = [(None, None)] * lines.num_rows
-        asked: list[tuple[int, Instance, np.ndarray | None]] = []
-        for index, (chip_id, line) in enumerate(zip(lines["id"].to_pylist(), lines["line"].to_pylist(), strict=True)):
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The rows with an embedding or scores, or a reason to drop them."""
+        answers: list[dict[str, Any]] = [{} for _ in range(rows.num_rows)]
+        drops: list[tuple[str | None, str | None]] = [(None, None)] * rows.num_rows
+        asked: list[tuple[int, Instance, Square | None]] = []
+        for index, row in enumerate(rows.select(QUESTIONS.names).to_pylist()):
             try:
-                asked.append((index, *self._asked(chip_id, line)))
+                asked.append((index, *self._asked(row)))
             except ImageError as error:
                 drops[index] = (error.reason, error.detail)
             except (ValueError, OSError) as error:
                 drops[index] = ("no_instance", _reason(error))
         instances = [instance for _, instance, _ in asked]
-        images = [pixels for _, _, pixels in asked if pixels is not None]
-        texts = [text for each in instances for text in ([each.text] if each.text else each.texts)]
-        vectors = self._embedder.embed_images(images), self._embedder.embed_texts(texts)
+        vectors = self._embed_images([seen for _, _, seen in asked if seen]), self._embed_texts(instances)
         for (index, _, _), answer in zip(asked, predictions(instances, *vectors), strict=True):
             answers[index] = answer
         for name in ("embedding", "scores"):
-            lines = replace_column(lines, name, pa.array([answer.get(name) for answer in answers], VALUES))
+            rows = replace_column(rows, name, pa.array([answer.get(name) for answer in answers], VALUES))
         for name, values in zip(("drop_reason", "drop_detail"), zip(*drops, strict=True), strict=True):
-            lines = replace_column(lines, name, pa.array(values, pa.string()))
-        return lines
+            rows = replace_column(rows, name, pa.array(values, pa.string()))
+        return rows
 
-    def _asked(self, uri: str, line: str) -> tuple[Instance, np.ndarray | None]:
-        """One instance and its decoded picture; a line that is no JSON object is the URI of a picture."""
-        if not line.lstrip().startswith("{"):
+    def _asked(self, row: dict[str, Any]) -> tuple[Instance, Square | None]:
+        """One instance and its picture; a line that is no JSON object is the URI of a picture."""
+        size, line = self._embedder.image_size, row["line"]
+        if row["image"] is not None:
+            picture = read_square(row["image"], size, row["ground_sample_distance_m"])
+            return _about_a_picture(self._texts), picture
+        if not line.startswith("{"):
             if "://" in line and not storage.is_s3(line):
                 raise ValueError(f"{line[:80]}: only files and s3:// are read, no web address")
-            data = storage.read_bytes(self._cluster.resolve(line))
-            return Instance.model_construct(image="", text=None, texts=[]), decode_image(data)
+            return _about_a_picture([]), read_square(storage.read_bytes(self._cluster.resolve(line)), size)
         instance = Instance.model_validate_json(line)
-        return instance, None if instance.image is None else decode_image(image_bytes(instance.image))
+        return instance, None if instance.image is None else read_square(image_bytes(instance.image), size)
+
+    def _embed_images(self, seen: list[Square]) -> np.ndarray:
+        return self._embedder.embed_images(
+            [each.pixels_HWC for each in seen], [each.ground_sample_distance_m for each in seen]
+        )
+
+    def _embed_texts(self, instances: list[Instance]) -> np.ndarray:
+        """A vector for each text of each instance, in their order; each text goes through the model once."""
+        texts = [text for each in instances for text in ([each.text] if each.text else each.texts)]
+        once = dict.fromkeys(texts)
+        vectors = dict(zip(once, self._embedder.embed_texts(list(once)), strict=True))
+        return np.stack([vectors[text] for text in texts]) if texts else self._embedder.embed_texts([])
+
+
+def _about_a_picture(texts: list[str]) -> Instance:
+    return Instance.model_construct(image="", text=None, texts=texts)
 
 
 def _reason(error: Exception) -> str:
@@ -134,7 +172,7 @@ def _files(place: str) -> list[str]:
     return [f"{place}/{name}" for name in names]
 
 
-def _shards(uri: str, num_files: int, rows_per_shard: int) -> Iterator[Shard]:
+def _file_shards(uri: str, rows_per_shard: int) -> Iterator[Shard]:
     """Ranges of whole lines; one pass over the file, which holds one line at a time."""
     system, path = storage.filesystem(uri)
     with system.open_input_stream(path) as stream:
@@ -154,6 +192,27 @@ def _shard(uri: str, first: int, start: int, end: int) -> Shard:
     return {"shard": f"{name}_{first:09d}", "uri": uri, "first": first, "start": start, "end": end}
 
 
+def _chip_shards(root: str, chips_ref: str, rows_per_shard: int) -> Iterator[Shard]:
+    num_rows = open_table(root, chips_ref).count_rows()
+    for start in range(0, num_rows, rows_per_shard):
+        number = min(rows_per_shard, num_rows - start)
+        yield {"shard": f"chips-{start:012d}", "chips": chips_ref, "start": start, "rows": number}
+
+
+@dataclass(frozen=True)
+class ReadQuestions:
+    """Reads the rows of a shard, with the columns of QUESTIONS and DROP_FIELDS."""
+
+    root: str
+
+    def __call__(self, shard: Shard) -> pa.Table:
+        if "chips" not in shard:
+            return _read_lines(shard)
+        columns = ["id", "image", "ground_sample_distance_m"]
+        chips = open_table(self.root, shard["chips"]).to_table(columns, offset=shard["start"], limit=shard["rows"])
+        return pa.Table.from_pylist(chips.to_pylist(), schema=pa.schema([*QUESTIONS, *DROP_FIELDS]))
+
+
 def _read_lines(shard: Shard) -> pa.Table:
     """All lines of one shard; their ids are file name and line number, for a URI the URI itself."""
     system, path = storage.filesystem(shard["uri"])
@@ -161,7 +220,7 @@ def _read_lines(shard: Shard) -> pa.Table:
         lines = file.read_at(shard["end"] - shard["start"], shard["start"]).splitlines()
     name = shard["uri"].rsplit("/", 1)[1]
     rows = [_row(f"{name}:{shard['first'] + number + 1}", line) for number, line in enumerate(lines)]
-    return pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.string()), ("line", pa.string()), *DROP_FIELDS]))
+    return pa.Table.from_pylist(rows, schema=pa.schema([*QUESTIONS, *DROP_FIELDS]))
 
 
 def _row(line_id: str, line: bytes) -> dict[str, Any]:

@@ -1,16 +1,22 @@
-"""The scenes behind the chips: `scenes.json` of a chips artifact, and where on Earth a part of a chip lies.
+"""The scenes behind the chips: `scenes.json` of chips artifacts, and where on Earth a part of a chip lies.
 
-In: the catalogue as ingest wrote it, chips of the index. Out: lon/lat of fractions of a chip, scene summaries for
+In: the catalogues as ingest wrote them, chips of the index. Out: lon/lat of fractions of a chip, scene summaries for
 the page. Opens no raster (tiles.py does).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rsplatform.artifacts import open_artifact
+from rsplatform.config import ConfigError
 from rsplatform.geo import BoundsLonLat, Grid
 from rsplatform.index.store import Hit
 from rsplatform.sources.scenes import scene_from_json
+from rsplatform.storage import exists, read_json
+
+CATALOGUE_FILE = "scenes.json"
 
 LonLat = tuple[float, float]
 # Longitude and latitude of a position in a picture, given as fractions (row, column) from its top left.
@@ -58,8 +64,10 @@ class Catalogue:
     def __init__(self, entries: list[dict[str, Any]], resolve: Callable[[str], str]) -> None:
         self.scenes = {entry["id"]: _scene(entry, resolve) for entry in entries}
 
-    def place_of(self, hit: Hit) -> Place:
-        """Where the parts of a chip lie."""
+    def place_of(self, hit: Hit) -> Place | None:
+        """Where the parts of a chip lie; None for a picture whose place nobody knows."""
+        if any(math.isnan(side) for side in hit.bounds_lonlat):
+            return None
         return lambda row_fraction, column_fraction: self.place(hit, row_fraction, column_fraction)
 
     def place(self, hit: Hit, row_fraction: float, column_fraction: float) -> LonLat:
@@ -70,6 +78,28 @@ class Catalogue:
             return scene.grid.lonlat(row + row_fraction * height, column + column_fraction * width)
         west, south, east, north = hit.bounds_lonlat  # a scene that left the catalogue: its chip is north-up
         return west + column_fraction * (east - west), north - row_fraction * (north - south)
+
+
+def read_catalogue(root: str, chips_refs: Sequence[str], resolve: Callable[[str], str]) -> Catalogue:
+    """The scenes of several chips artifacts together; chips that came without a catalogue add none.
+
+    Raises:
+        ArtifactError: an artifact is missing or unfinished.
+        ConfigError: two of them call scenes of different grids alike.
+    """
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for ref in chips_refs:
+        uri = open_artifact(root, ref).path(CATALOGUE_FILE)
+        for entry in read_json(uri) if exists(uri) else []:
+            first, known = found.setdefault(entry["id"], (ref, entry))
+            if known["grid"] != entry["grid"]:
+                raise ConfigError(
+                    f"scene {entry['id']} of {first} and that of {ref} are different rasters; "
+                    "ingest one of them under another name, or serve them apart"
+                )
+            credits = [*known.get("landmark_attributions", []), *entry.get("landmark_attributions", [])]
+            found[entry["id"]] = first, known | {"landmark_attributions": list(dict.fromkeys(credits))}
+    return Catalogue([entry for _, entry in found.values()], resolve)
 
 
 def corners(place: Place) -> list[LonLat]:

@@ -43,12 +43,13 @@ class Canary(Config):
 class ServeConfig(StageConfig):
     """What is served, and the limits of one request. Where it listens is the cluster file's `serve`.
 
+    `chips` are all those that the index was made of, one artifact or a list; none for an index of folders alone.
     `requests_per_minute` is each API key's, all replicas together; null: no limit.
     """
 
     model: ModelArtifact
     index: IndexArtifact
-    chips: ChipsArtifact
+    chips: ChipsArtifact | list[ChipsArtifact] = Field(default_factory=list)
     canary: Canary | None = None
     smooth_attention_window: SmoothWindow = 3
     max_body_bytes: int = Field(default=12 * 2**20, ge=1024)
@@ -114,7 +115,8 @@ def served_by(config: ServeConfig, cluster: Cluster) -> Served:
     canary = config.canary
     others = [ServedVersion(CANARY, canary.model, canary.index, canary.weight)] if canary else []
     stable = ServedVersion(STABLE, config.model, config.index, 1 - sum(each.weight for each in others))
-    return Served(cluster, (stable, *others), config.chips, guard, config.smooth_attention_window)
+    chips = (config.chips,) if isinstance(config.chips, str) else tuple(config.chips)
+    return Served(cluster, (stable, *others), chips, guard, config.smooth_attention_window)
 
 
 def _record(config: ServeConfig, cluster: Cluster, base_url: str) -> None:

@@ -160,9 +160,12 @@ def find_peak(scores_HW: np.ndarray) -> Peak:
 
 
 def heatmap_png(scores_HW: np.ndarray, size_px: int = HEATMAP_SIZE_PX) -> bytes:
-    """The map as a transparent overlay: clear up to its median, opaque and bright at its peak."""
-    scores = torch.from_numpy(scores_HW)[None, None]
-    pixels_HW = upsample(scores, (size_px, size_px))[0, 0].numpy()
+    """The map as a transparent overlay: clear up to its median, opaque and bright at its peak.
+
+    Its longer side has `size_px`, its form is that of the picture, over whose thumbnail it is laid.
+    """
+    height, width = (max(1, round(size_px * side / max(scores_HW.shape))) for side in scores_HW.shape)
+    pixels_HW = upsample(torch.from_numpy(scores_HW)[None, None], (height, width))[0, 0].numpy()
     low, high = float(np.median(pixels_HW)), float(pixels_HW.max())
     strength_HW = np.clip((pixels_HW - low) / max(high - low, 1e-9), 0, 1)
     position_HW = strength_HW * (len(GRADIENT) - 1)

@@ -17,7 +17,6 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from rsplatform.index.store import Hit
 from rsplatform.model.preprocess import decode_image
 from rsplatform.serve.api import MAX_IMAGE_PIXELS, Box, image_bytes
 from rsplatform.serve.api_pictures import TextMask
@@ -76,11 +75,6 @@ def scene_picture(tiles: Tiles, scene_id: str, bbox: Box, ground_sample_distance
         return west + column_fraction * (east - west), north - row_fraction * (north - south)
 
     return Picture(tiles.window(scene_id, bbox, distance_m), distance_m, place, is_window=True)
-
-
-def known_m(hit: Hit) -> float:
-    """Metres a pixel of a chip as its index knows them; NaN where it knows none."""
-    return math.nan if hit.ground_sample_distance_m is None else hit.ground_sample_distance_m
 
 
 def text_mask(text: str, scores_HW: np.ndarray, size_px: tuple[int, int], place: Place | None) -> TextMask:

@@ -62,7 +62,7 @@ class Served:
 
     cluster: Cluster
     versions: tuple[ServedVersion, ...]
-    chips: str
+    chips: tuple[str, ...]
     guard: Guarded
     window: int
 

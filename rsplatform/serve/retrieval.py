@@ -4,7 +4,9 @@ In: an API request and its query vector. Out: hits and API results. It encodes p
 a chip the answer is, is localization.py's work.
 """
 
+import math
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -14,40 +16,39 @@ import numpy as np
 from rsplatform.artifacts import open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
-from rsplatform.dataset.store import open_table
 from rsplatform.index.embed import load_embedder
 from rsplatform.index.filters import SearchFilter, parse_interval
 from rsplatform.index.store import ChipIndex, Hit
 from rsplatform.model.preprocess import read_square
 from rsplatform.serve.api import MAX_IMAGE_PIXELS, SearchRequest, SearchResult, Spot, image_bytes
-from rsplatform.serve.catalogue import Catalogue, Place, box, corners
+from rsplatform.serve.catalogue import Place, box, corners, read_catalogue
+from rsplatform.serve.chip_pictures import ChipPictures
 from rsplatform.serve.localization import Peak
-from rsplatform.storage import read_json
-
-CATALOGUE_FILE = "scenes.json"
 
 
 class Retrieval:
-    """Everything a search needs, for one pinned model, index and chips artifact.
+    """Everything a search needs, for one pinned model, index and the chips artifacts that the index was made of.
 
     Raises:
         ArtifactError: one of them is missing or unfinished.
-        ConfigError: the index was built with another model, or holds pictures from elsewhere than the chips.
+        ConfigError: the index was built with another model, or holds chips of an artifact that is not named.
     """
 
-    def __init__(self, cluster: Cluster, model_ref: str, index_ref: str, chips_ref: str, device: str = "cpu") -> None:
+    def __init__(
+        self, cluster: Cluster, model_ref: str, index_ref: str, chips: str | Sequence[str], device: str = "cpu"
+    ) -> None:
+        chips_refs = [chips] if isinstance(chips, str) else list(chips)
         self.embedder = load_embedder(cluster.root, model_ref, device)
         self.index = ChipIndex(open_artifact(cluster.root, index_ref).uri, self.embedder.model_hash)
-        others = sorted(self.index.tables() - {chips_ref})
-        if others:
+        unnamed = sorted(self.index.chips_refs() - set(chips_refs))
+        if unnamed:
             raise ConfigError(
-                f"{index_ref} holds pictures of {', '.join(others[:3])}, served are those of {chips_ref}: "
-                f"name the index's one table in `chips`, or build an index of it alone"
+                f"{index_ref} holds pictures of {', '.join(unnamed[:3])}, served are those of "
+                f"{', '.join(chips_refs) or 'no chips'}: name in `chips` every artifact that the index was made of"
             )
-        chips = open_artifact(cluster.root, chips_ref)
-        self.catalogue = Catalogue(read_json(chips.path(CATALOGUE_FILE)), cluster.resolve)
-        self._chips = open_table(cluster.root, chips_ref)
-        self._refs = {"model": model_ref, "index": index_ref, "chips": chips_ref}
+        self.catalogue = read_catalogue(cluster.root, chips_refs, cluster.resolve)
+        self.pictures = ChipPictures(cluster.root, cluster.resolve)
+        self._refs = {"model": model_ref, "index": index_ref, "chips": chips_refs}
 
     def picture(self, image: str) -> np.ndarray:
         """Pixels of a base64 picture of a request, as the model sees it.
@@ -74,25 +75,18 @@ class Retrieval:
         """One chip of the index; KeyError if it is not there."""
         return self.index.get([chip_id])[chip_id]
 
-    def chip_images(self, hits: Sequence[Hit]) -> list[bytes]:
-        """JPEG bytes of chips, read by row from the table that first wrote them."""
-        rows = self._chips.take([hit.row for hit in hits], columns=["id", "image"]).to_pylist()
-        for hit, row in zip(hits, rows, strict=True):
-            if row["id"] != hit.id:
-                raise RuntimeError(f"index and chips disagree: row {hit.row} is {row['id']}, not {hit.id}")
-        return [row["image"] for row in rows]
-
     def result(self, hit: Hit, request: SearchRequest, version: str) -> SearchResult:
         """A hit as the API tells it, found by a version of the service."""
         text, like, without = request.text, request.chip_id, request.without
+        place = self.catalogue.place_of(hit)
         return SearchResult(
             chip_id=hit.id,
             score=hit.score,
-            bounds_lonlat=hit.bounds_lonlat,
-            corners_lonlat=corners(self.catalogue.place_of(hit)),
+            bounds_lonlat=hit.bounds_lonlat if place else None,
+            corners_lonlat=corners(place) if place else None,
             scene=hit.scene,
-            datetime=hit.datetime.isoformat().replace("+00:00", "Z") if hit.datetime else None,
-            ground_sample_distance_m=hit.ground_sample_distance_m,
+            datetime=rfc3339(hit.datetime) if hit.datetime else None,
+            ground_sample_distance_m=None if math.isnan(known_m(hit)) else known_m(hit),
             caption=hit.caption,
             kinds=list(hit.kinds),
             thumbnail_url=f"/chips/{quote(hit.id, safe='')}.jpg",
@@ -111,8 +105,20 @@ class Retrieval:
             "num_chips": meta.num_rows,
             "search": meta.search,
             "kinds": self.index.kinds(),
+            "datetime": [rfc3339(time) for time in times] if (times := self.index.datetimes()) else None,
+            "gsd_m": self.index.ground_sample_distances_m(),
             "scenes": [scene.summary() for scene in self.catalogue.scenes.values()],
         }
+
+
+def rfc3339(time: datetime) -> str:
+    """A time in UTC as the API tells it."""
+    return time.isoformat().replace("+00:00", "Z")
+
+
+def known_m(hit: Hit) -> float:
+    """Metres a pixel of a chip as its index knows them; NaN where it knows none."""
+    return math.nan if hit.ground_sample_distance_m is None else hit.ground_sample_distance_m
 
 
 def spot(peak: Peak, place: Place | None) -> Spot:

@@ -27,11 +27,11 @@ from rsplatform.serve.api_pictures import (
 from rsplatform.serve.batching import Batcher
 from rsplatform.serve.catalogue import corners
 from rsplatform.serve.localization import Look, find_peak, regions_geojson
-from rsplatform.serve.pictures import Decoding, Picture, known_m, scene_picture, sent_picture, text_mask
+from rsplatform.serve.pictures import Decoding, Picture, scene_picture, sent_picture, text_mask
 from rsplatform.serve.predict import PredictRequest, PredictResponse, predictions
 from rsplatform.serve.query import Query, query_vector, read_query
 from rsplatform.serve.record import stage
-from rsplatform.serve.retrieval import Retrieval, heatmap_url, spot
+from rsplatform.serve.retrieval import Retrieval, heatmap_url, known_m, spot
 from rsplatform.serve.tiles import Tiles
 from rsplatform.serve.vision import Described, LocalVisionWork, VisionWork
 
@@ -71,13 +71,15 @@ class Services:
         results = [self.retrieval.result(hit, request, self.version) for hit in hits]
         if request.localize and hits:
             spots = await self._spots(hits, vector_E)
-            results = [r.model_copy(update={"spot": s}) for r, s in zip(results, spots, strict=True)]
+            results = [each.model_copy(update={"spot": spots.get(each.chip_id)}) for each in results]
         read_as = ReadAs(wanted=list(read.wanted), unwanted=list(read.unwanted))
         return SearchResponse(results=results, read_as=read_as, model_hash=self.model_hash)
 
     async def localize(self, request: LocalizeRequest) -> LocalizeResponse:
         """Where in a picture, a chip or a box of a scene the texts are."""
         picture = await self._picture_of(request)
+        if picture.place is None and request.output == "geojson":
+            raise RequestError(422, f"chip {request.chip_id} has no place on Earth: ask for scores or mask")
         texts_CE = await self._encode(request.texts)
         look = Look(picture.data, texts_CE, picture.ground_sample_distance_m, as_it_is=picture.is_window)
         return await asyncio.to_thread(self._localized, request, picture, (await self._maps([look]))[0])
@@ -177,17 +179,25 @@ class Services:
         except KeyError:
             raise _no_chip(chip_id) from None
 
-    async def _spots(self, hits: list[Hit], vector_E: np.ndarray) -> list[Spot]:
-        with stage("chip_pictures"):
-            images = await asyncio.to_thread(self.retrieval.chip_images, hits)
-        pairs = zip(images, hits, strict=True)
-        maps = await self._maps([Look(image, vector_E[None], known_m(hit)) for image, hit in pairs])
+    async def _spots(self, hits: list[Hit], vector_E: np.ndarray) -> dict[str, Spot]:
+        """Where in each hit the answer is, by its id; a picture that is gone has no spot."""
+        images = await self._chip_images(hits)
+        seen = [(image, hit) for image, hit in zip(images, hits, strict=True) if image is not None]
+        maps = await self._maps([Look(image, vector_E[None], known_m(hit)) for image, hit in seen])
         place_of = self.retrieval.catalogue.place_of
 
-        def found() -> list[Spot]:
-            return [spot(find_peak(m[0]), place_of(hit)) for m, hit in zip(maps, hits, strict=True)]
+        def found() -> dict[str, Spot]:
+            return {hit.id: spot(find_peak(m[0]), place_of(hit)) for m, (_, hit) in zip(maps, seen, strict=True)}
 
         return await asyncio.to_thread(found)  # a hundred peaks would hold up everybody's bodies
+
+    async def _chip_images(self, hits: list[Hit]) -> list[bytes | None]:
+        """The hits' pictures; those of folders may be large, and wait for each other as uploads do."""
+        read = self.retrieval.pictures.read
+        with stage("chip_pictures"):
+            if any(hit.row < 0 for hit in hits):
+                return await self.decoding.run(lambda: read(hits))
+            return await asyncio.to_thread(read, hits)
 
     async def _maps(self, looks: list[Look]) -> list[np.ndarray]:
         with stage("maps"):
@@ -232,8 +242,9 @@ class Services:
             hit = await asyncio.to_thread(self.retrieval.chip, chip_id)
         except KeyError:
             raise _no_chip(chip_id) from None
-        with stage("chip_pictures"):
-            data = (await asyncio.to_thread(self.retrieval.chip_images, [hit]))[0]
+        (data,) = await self._chip_images([hit])
+        if data is None:
+            raise RequestError(404, f"the picture of chip {chip_id!r} cannot be read any more")
         return Picture(data, known_m(hit), self.retrieval.catalogue.place_of(hit))
 
 

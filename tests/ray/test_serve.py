@@ -58,13 +58,14 @@ def test_search_by_text_image_chip_and_box(client: Client, base_url: str) -> Non
     best = client.search(image=image, k=1).results[0]
     assert best.chip_id == CHIP and best.score > 0.99
     assert CHIP not in {item.chip_id for item in client.search(chip_id=CHIP, k=10).results}
+    assert best.bounds_lonlat
     found = client.search("x", k=64, bbox=list(best.bounds_lonlat), bbox_relation="within").results
     assert [item.chip_id for item in found] == [CHIP]
 
 
 def test_localize_across_replicas(client: Client, base_url: str) -> None:
     for item in client.search("a road", k=3, localize=True).results:
-        assert item.spot and item.spot.peak_lonlat and item.heatmap_url
+        assert item.spot and item.spot.peak_lonlat and item.heatmap_url and item.bounds_lonlat
         west, south, east, north = item.bounds_lonlat
         assert west <= item.spot.peak_lonlat[0] <= east and south <= item.spot.peak_lonlat[1] <= north
         heatmap = httpx.get(base_url + item.heatmap_url, trust_env=False)

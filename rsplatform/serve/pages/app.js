@@ -1,30 +1,19 @@
 // The page's state: what is asked lives in the URL, so that a link shares it; cards and map only show it.
+import { call, KeyNeeded, setKey, showPicture } from "./api.js";
 import { MapView } from "./mapview.js";
-import { showResults, selectCard, hoverCard } from "./results.js";
+import { DateRange, GsdRange } from "./ranges.js";
+import { hoverCard, selectCard, showFigure, showResults } from "./results.js";
 
 const $ = (id) => document.getElementById(id);
 const state = { query: "", like: null, picture: null, bbox: null, results: [], selected: null, run: 0 };
-let map;
-
-async function call(path, body) {
-  const options = body ? { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) } : {};
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch {
-    throw new Error("The server does not answer. Is it still running?");
-  }
-  const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(typeof answer.detail === "string" ? answer.detail : `The server answered ${response.status}.`);
-  return answer;
-}
+let map, dates, gsd;
 
 function conditions() {
   const body = { k: Number($("k").value), localize: true };
   if (state.bbox) Object.assign(body, { bbox: state.bbox, bbox_relation: "within" });
   if ($("kind").value) body.kinds = [$("kind").value];
-  const [from, to] = [$("from").value, $("to").value];
-  if (from || to) body.datetime = `${from ? from + "T00:00:00Z" : ".."}/${to ? to + "T23:59:59Z" : ".."}`;
+  if (dates.interval()) body.datetime = dates.interval();
+  if (gsd.metres()) body.gsd_m = gsd.metres();
   return body;
 }
 
@@ -37,6 +26,7 @@ function question() {
 async function search({ keepUrl = false, select = null } = {}) {
   const asked = question();
   if (!keepUrl) writeUrl();
+  showAsked();
   if (!asked) return showEmpty();
   if (!$("k").reportValidity()) return;
   const run = ++state.run;
@@ -48,21 +38,22 @@ async function search({ keepUrl = false, select = null } = {}) {
     const answer = await call("/v1/search", { ...asked, ...conditions() });
     if (run !== state.run) return; // a newer question was asked meanwhile
     state.results = answer.results;
-    render(select);
+    render(select, answer.read_as);
   } catch (error) {
     if (run !== state.run) return;
     state.results = [];
     render(null);
-    $("status").textContent = "";
-    showError(error.message);
+    showProblem(error);
   } finally {
     if (run === state.run) $("results").removeAttribute("aria-busy");
   }
 }
 
-function render(select) {
+function render(select, readAs = { wanted: [], unwanted: [] }) {
   const found = state.results.length;
-  const about = state.picture ? "like your picture" : state.like ? `like ${state.like}` : `for “${state.query}”`;
+  const words = readAs.wanted.join("; ") || state.query;
+  let about = state.picture ? "like your picture" : state.like ? `like ${state.like}` : `for “${words}”`;
+  if (readAs.unwanted.length) about += ` without “${readAs.unwanted.join("; ")}”`;
   $("status").textContent = found
     ? `${found} ${found === 1 ? "place" : "places"} ${about}${state.bbox ? " inside the area" : ""}`
     : `No chip ${about} meets these conditions. Try a larger area or fewer filters.`;
@@ -76,6 +67,7 @@ function choose(chipId, { move = true } = {}) {
   state.selected = chipId;
   const result = state.results.find((item) => item.chip_id === chipId) ?? null;
   selectCard($("results"), result);
+  showFigure($("figure"), result);
   map.select(result, { move });
   $("overlay").hidden = !result?.heatmap_url;
   writeUrl();
@@ -96,9 +88,20 @@ async function findLikePlace([longitude, latitude]) {
     if (results.length) return findMore(results[0].chip_id);
     $("status").textContent = "No chip covers this place; click on the imagery.";
   } catch (error) {
-    $("status").textContent = "";
-    showError(error.message);
+    showProblem(error);
   }
+}
+
+// What is asked by a picture or a chip, which the search box cannot show.
+function showAsked() {
+  const box = $("asked");
+  box.hidden = !state.picture && !state.like;
+  if (box.hidden) return;
+  box.querySelector("span").textContent = state.picture ? "More like your picture" : `More like ${state.like}`;
+  const image = box.querySelector("img");
+  image.classList.remove("gone");
+  if (state.picture) image.src = state.picture;
+  else showPicture(image, `/chips/${encodeURIComponent(state.like)}.jpg`);
 }
 
 function showEmpty() {
@@ -110,7 +113,16 @@ function showEmpty() {
   showResults($("results"), [], {});
   map.showResults([], {});
   map.select(null);
+  showFigure($("figure"), null);
   $("overlay").hidden = true;
+}
+
+function showProblem(error) {
+  $("status").textContent = "";
+  const locked = error instanceof KeyNeeded;
+  $("key").hidden = !locked;
+  if (locked) $("key-value").focus();
+  showError(locked && !state.triedKey ? null : error.message);
 }
 
 function showError(message) {
@@ -127,9 +139,10 @@ function setArea(bbox, { run = true } = {}) {
 
 function writeUrl() {
   const parameters = new URLSearchParams();
-  const entries = { q: state.query, like: state.like, kind: $("kind").value, from: $("from").value, to: $("to").value, chip: state.selected };
+  const entries = { q: state.query, like: state.like, kind: $("kind").value, from: dates.asked[0], to: dates.asked[1], chip: state.selected };
   for (const [key, value] of Object.entries(entries)) if (value) parameters.set(key, value);
   if ($("k").value !== "12") parameters.set("k", $("k").value);
+  if (gsd.metres()) parameters.set("gsd", gsd.asked.map((side) => side ?? "").join(","));
   if (state.bbox) parameters.set("bbox", state.bbox.map((degrees) => degrees.toFixed(6)).join(","));
   const query = parameters.toString();
   history.replaceState(null, "", query ? `?${query}` : location.pathname);
@@ -141,7 +154,11 @@ function readUrl() {
   state.like = parameters.get("like");
   $("query").value = state.query;
   $("k").value = parameters.get("k") ?? "12";
-  for (const name of ["kind", "from", "to"]) $(name).value = parameters.get(name) ?? "";
+  $("kind").value = parameters.get("kind") ?? "";
+  const isDate = (text) => (/^\d{4}-\d\d-\d\d$/.test(text ?? "") ? text : null);
+  dates.ask([isDate(parameters.get("from")), isDate(parameters.get("to"))]);
+  const metres = (parameters.get("gsd") ?? "").split(",").map((side) => Number.parseFloat(side));
+  gsd.ask([0, 1].map((side) => (Number.isFinite(metres[side]) && metres[side] >= 0 ? metres[side] : null)));
   const bbox = (parameters.get("bbox") ?? "").split(",").map(Number);
   setArea(bbox.length === 4 && bbox.every(Number.isFinite) ? bbox : null, { run: false });
   search({ keepUrl: true, select: parameters.get("chip") });
@@ -152,6 +169,7 @@ function readPicture(file) {
   reader.onload = () => {
     Object.assign(state, { picture: reader.result, like: null, query: "" });
     $("query").value = "";
+    $("picture").value = ""; // the same file may be chosen again
     search();
   };
   reader.onerror = () => showError("This file cannot be read.");
@@ -188,14 +206,36 @@ function listen() {
     if (text || (!state.like && !state.picture)) ask(text);
     else search();
   });
-  for (const id of ["k", "kind", "from", "to"]) $(id).addEventListener("change", () => search());
+  for (const id of ["k", "kind"]) $(id).addEventListener("change", () => search());
   $("draw").addEventListener("click", () => (map.isDrawing ? map.stopDrawing() : map.startDrawing()));
   $("view").addEventListener("click", () => setArea(map.viewBox()));
   $("clear-area").addEventListener("click", () => setArea(null));
+  $("clear-asked").addEventListener("click", () => ask(""));
+  $("share").addEventListener("click", share);
+  $("key").addEventListener("submit", (event) => {
+    event.preventDefault();
+    setKey($("key-value").value);
+    $("key-value").value = "";
+    state.triedKey = true;
+    load();
+  });
   $("picture").addEventListener("change", (event) => event.target.files[0] && readPicture(event.target.files[0]));
   $("opacity").addEventListener("input", (event) => setOpacity(event.target.value / 100));
   $("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
   document.addEventListener("keydown", onKey);
+}
+
+async function share() {
+  if (state.picture) {
+    $("status").textContent = "A link cannot hold your picture; use “More like this” on a result and share that.";
+    return;
+  }
+  try {
+    await navigator.clipboard.writeText(location.href);
+    $("status").textContent = "Link copied: it opens this question with its filters and the chosen result.";
+  } catch {
+    $("status").textContent = "Copying was refused; the address bar holds the link.";
+  }
 }
 
 function setOpacity(opacity) {
@@ -210,6 +250,8 @@ function setTheme(theme) {
 }
 
 function suggest(kinds) {
+  $("kind").replaceChildren(new Option("anything", ""));
+  $("suggestions").replaceChildren();
   for (const kind of Object.keys(kinds)) $("kind").append(new Option(`${kind} (${kinds[kind]})`, kind));
   const examples = Object.keys(kinds).slice(0, 6).map((kind) => `an aerial image of a ${kind}`);
   for (const text of examples) {
@@ -233,15 +275,26 @@ async function start() {
       $("hint").hidden = !drawing;
     },
   });
+  dates = new DateRange($("dates"), () => search());
+  gsd = new GsdRange($("gsd"), () => search());
   listen();
+  await load();
+}
+
+// What is served, then what the link asks; again once a key was given.
+async function load() {
   try {
     const stats = await call("/v1/stats");
+    $("key").hidden = true;
+    showError(null);
     $("served").textContent = `${stats.num_chips.toLocaleString()} chips · ${stats.model}`;
     suggest(stats.kinds);
+    dates.limit(stats.datetime);
+    gsd.limit(stats.gsd_m);
     await map.showScenes(stats.scenes, document.documentElement.dataset.theme);
     readUrl();
   } catch (error) {
-    showError(error.message);
+    showProblem(error);
   }
 }
 

@@ -1,16 +1,19 @@
 // The map: the user's scenes as base, footprints of results, the chosen chip's heatmap and peak, the drawn area.
 /* global maplibregl */
+import { keyHeaders } from "./api.js";
 
 const GROUND = { light: "#dfe5e3", dark: "#0b100f" };
-const MAX_SPAN_DEGREES = 1;
+const MAX_SPAN_IN_BOXES = 30;
+const DOTS_BELOW_ZOOM = 10;
 const NOTHING = { type: "FeatureCollection", features: [] };
 const MOVE = matchMedia("(prefers-reduced-motion: reduce)").matches ? { duration: 0 } : { duration: 500 };
 
-// MapLibre writes attributions as HTML; names of sources are data.
-function escaped(text) {
+// MapLibre writes attributions as HTML; names of sources are data. OpenStreetMap asks for a link to its terms.
+function attributionHtml(text) {
   const node = document.createElement("span");
   node.textContent = text;
-  return node.innerHTML;
+  const terms = '<a href="https://www.openstreetmap.org/copyright" target="_blank" rel="noopener noreferrer">$&</a>';
+  return node.innerHTML.replace(/OpenStreetMap( contributors)?/, terms);
 }
 
 function polygon(corners, properties) {
@@ -21,18 +24,22 @@ function boxCorners([west, south, east, north]) {
   return [[west, north], [east, north], [east, south], [west, south]];
 }
 
+function dot([west, south, east, north]) {
+  const coordinates = [(west + east) / 2, (south + north) / 2];
+  return { type: "Feature", properties: { bounds: [west, south, east, north] }, geometry: { type: "Point", coordinates } };
+}
+
 function around(boxes) {
   const bounds = new maplibregl.LngLatBounds();
   for (const [west, south, east, north] of boxes) bounds.extend([west, south]).extend([east, north]);
   return bounds;
 }
 
-// The box of all results, or, where they lie so far apart that none could be seen, of those beside the best one.
-function worthSeeing(results) {
-  const all = around(results.map((result) => result.bounds_lonlat));
-  const span = Math.max(all.getEast() - all.getWest(), all.getNorth() - all.getSouth());
-  if (span < MAX_SPAN_DEGREES) return all;
-  return around(results.filter((result) => result.scene === results[0].scene).map((result) => result.bounds_lonlat));
+// What holds all boxes, or, where they lie so far apart that none could be seen, those near the first.
+function worthSeeing(boxes) {
+  const span = (some) => ((bounds) => Math.max(bounds.getEast() - bounds.getWest(), bounds.getNorth() - bounds.getSouth()))(around(some));
+  const most = MAX_SPAN_IN_BOXES * span([boxes[0]]);
+  return around(span(boxes) < most ? boxes : boxes.filter((box) => span([boxes[0], box]) < most));
 }
 
 export class MapView {
@@ -49,6 +56,7 @@ export class MapView {
       maxZoom: 22,
       dragRotate: false,
       touchPitch: false,
+      transformRequest: (url) => ({ url, headers: keyHeaders() }),
     });
     this.map.touchZoomRotate.disableRotation();
     this.map.addControl(new maplibregl.NavigationControl({ showCompass: false }), "top-right");
@@ -62,7 +70,7 @@ export class MapView {
 
   listen() {
     const { map } = this;
-    map.on("click", ({ lngLat }) => this.isDrawing || this.justDrew || this.actions.onPlace([lngLat.lng, lngLat.lat]));
+    map.on("click", ({ point, lngLat }) => this.isDrawing || this.justDrew || this.clicked(point, lngLat));
     map.on("mousemove", ({ point }) => {
       if (this.isDrawing || !map.getLayer("footprints")) return;
       const [over] = map.queryRenderedFeatures(point, { layers: ["footprints"] });
@@ -72,6 +80,13 @@ export class MapView {
     for (const [down, move, up] of [["mousedown", "mousemove", "mouseup"], ["touchstart", "touchmove", "touchend"]]) {
       map.on(down, (event) => this.isDrawing && this.drag(event, move, up));
     }
+  }
+
+  // On imagery: more like this place. On a dot, which stands for a scene too small to see: go there.
+  clicked(point, lngLat) {
+    const [scene] = this.map.getLayer("dots") ? this.map.queryRenderedFeatures(point, { layers: ["dots"] }) : [];
+    if (scene) this.map.fitBounds(around([JSON.parse(scene.properties.bounds)]), { padding: 40, ...MOVE });
+    else this.actions.onPlace([lngLat.lng, lngLat.lat]);
   }
 
   async showScenes(scenes, theme) {
@@ -85,7 +100,7 @@ export class MapView {
         bounds: scene.bounds_lonlat,
         minzoom: scene.min_zoom,
         maxzoom: scene.max_zoom,
-        attribution: escaped(scene.attribution),
+        attribution: attributionHtml(scene.attribution),
       });
       map.addLayer({ id: `scene ${scene.id}`, type: "raster", source: `scene ${scene.id}`, paint: { "raster-fade-duration": 0 } });
     }
@@ -95,11 +110,14 @@ export class MapView {
     map.addSource("area", { type: "geojson", data: NOTHING });
     const strong = ["any", ["boolean", ["feature-state", "selected"], false], ["boolean", ["feature-state", "hover"], false]];
     // Far out, scenes are too small to see: their outlines show where they are.
-    map.addLayer({ id: "scenes", type: "line", source: "scenes", maxzoom: 11, paint: { "line-color": "#0f766e", "line-width": 2 } });
+    map.addLayer({ id: "scenes", type: "line", source: "scenes", minzoom: DOTS_BELOW_ZOOM, maxzoom: 11, paint: { "line-color": "#0f766e", "line-width": 2 } });
     map.addLayer({ id: "footprints", type: "fill", source: "results", paint: { "fill-color": "#fbbf24", "fill-opacity": ["case", strong, 0.02, 0.1] } });
     map.addLayer({ id: "footprint lines", type: "line", source: "results", paint: { "line-color": ["case", strong, "#fff7d6", "#fbbf24"], "line-width": ["case", strong, 3.5, 2] } });
     map.addLayer({ id: "area", type: "line", source: "area", paint: { "line-color": "#38bdf8", "line-width": 2.5, "line-dasharray": [2, 1.5] } });
-    if (scenes.length) map.fitBounds(around(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
+    const dots = scenes.map(({ bounds_lonlat: bounds }) => dot(bounds));
+    map.addSource("dots", { type: "geojson", data: { type: "FeatureCollection", features: dots } });
+    map.addLayer({ id: "dots", type: "circle", source: "dots", maxzoom: DOTS_BELOW_ZOOM, paint: { "circle-radius": 7, "circle-color": "#0f766e", "circle-stroke-color": "#fff", "circle-stroke-width": 2 } });
+    if (scenes.length) map.fitBounds(worthSeeing(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
     this.setTheme(theme);
   }
 
@@ -108,22 +126,23 @@ export class MapView {
   }
 
   showResults(results, { fit = false }) {
-    const features = results.map((result) => polygon(result.corners_lonlat, { chip: result.chip_id }));
+    const placed = results.filter((result) => result.bounds_lonlat);
+    const features = placed.map((result) => polygon(result.corners_lonlat, { chip: result.chip_id }));
     this.map.removeFeatureState({ source: "results" });
     this.map.getSource("results").setData({ type: "FeatureCollection", features });
-    if (fit && results.length) {
-      this.map.fitBounds(worthSeeing(results), { padding: this.margin(0.09), maxZoom: 18, ...MOVE });
+    if (fit && placed.length) {
+      this.map.fitBounds(worthSeeing(placed.map((result) => result.bounds_lonlat)), { padding: this.margin(0.09), maxZoom: 18, ...MOVE });
     }
   }
 
   select(result, { move = true } = {}) {
     const { map } = this;
-    if (this.selected) map.setFeatureState({ source: "results", id: this.selected }, { selected: false });
+    if (this.selected && map.getSource("results")) map.setFeatureState({ source: "results", id: this.selected }, { selected: false });
     this.selected = result?.chip_id ?? null;
     if (map.getLayer("heatmap")) map.removeLayer("heatmap");
     if (map.getSource("heatmap")) map.removeSource("heatmap");
     this.peak.remove();
-    if (!result) return;
+    if (!result?.bounds_lonlat) return;
     map.setFeatureState({ source: "results", id: this.selected }, { selected: true });
     if (result.heatmap_url) {
       map.addSource("heatmap", { type: "image", url: location.origin + result.heatmap_url, coordinates: result.corners_lonlat });

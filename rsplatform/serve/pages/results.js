@@ -1,4 +1,6 @@
-// Result cards. Captions, names and kinds come from data and are only ever set as text.
+// Result cards, and a picture in place of the map for results without a place. Captions, names and kinds come from
+// data and are only ever set as text.
+import { showPicture } from "./api.js";
 
 function element(tag, className, text) {
   const node = document.createElement(tag);
@@ -7,28 +9,39 @@ function element(tag, className, text) {
   return node;
 }
 
-function card(result, index, { open, more, hover }) {
-  const item = element("li", "card");
-  item.dataset.chip = result.chip_id;
-  const button = element("button", "open");
-  button.type = "button";
-  button.setAttribute("aria-label", `Result ${index + 1}: ${result.caption || result.chip_id}`);
-  button.addEventListener("click", () => open(result.chip_id));
-  const thumb = element("div", "thumb");
-  const picture = element("img");
-  Object.assign(picture, { src: result.thumbnail_url, alt: "", loading: "lazy" });
-  thumb.append(picture);
-  const words = element("div", "words");
-  words.append(element("p", "caption", result.caption || "No caption"));
+function picture(className, url) {
+  const image = element("img", className);
+  Object.assign(image, { alt: "", loading: "lazy" });
+  showPicture(image, url);
+  return image;
+}
+
+function facts(result) {
   const meta = element("div", "meta");
   meta.append(element("span", "score", result.score.toFixed(3)));
   if (result.ground_sample_distance_m) meta.append(element("span", "", `${result.ground_sample_distance_m.toPrecision(2)} m/px`));
   if (result.datetime) meta.append(element("time", "", result.datetime.slice(0, 10)));
   meta.append(element("span", "", result.scene));
+  if (!result.bounds_lonlat) meta.append(element("span", "placeless", "no place on the map"));
+  return meta;
+}
+
+function card(result, index, { open, more, hover }) {
+  const item = element("li", "card");
+  item.dataset.chip = result.chip_id;
+  const button = element("button", "open");
+  button.type = "button";
+  const place = result.bounds_lonlat ? "" : ", no place on the map";
+  button.setAttribute("aria-label", `Result ${index + 1}: ${result.caption || result.chip_id}${place}`);
+  button.addEventListener("click", () => open(result.chip_id));
+  const thumb = element("div", "thumb");
+  thumb.append(picture("", result.thumbnail_url));
+  const words = element("div", "words");
+  words.append(element("p", "caption", result.caption || result.chip_id));
   const similar = element("button", "more", "More like this");
   similar.type = "button";
   similar.addEventListener("click", () => more(result.chip_id));
-  words.append(meta, similar);
+  words.append(facts(result), similar);
   item.append(thumb, words, button);
   item.addEventListener("pointerenter", () => hover(result.chip_id));
   item.addEventListener("pointerleave", () => hover(null));
@@ -48,14 +61,26 @@ export function selectCard(list, result) {
     item.querySelector(".heat")?.remove();
     if (!isChosen) continue;
     item.scrollIntoView({ block: "nearest" });
-    if (result.heatmap_url) {
-      const heat = element("img", "heat");
-      Object.assign(heat, { src: result.heatmap_url, alt: "" });
-      item.querySelector(".thumb").append(heat);
-    }
+    if (result.heatmap_url) item.querySelector(".thumb").append(picture("heat", result.heatmap_url));
   }
 }
 
 export function hoverCard(list, chipId) {
   for (const item of list.children) item.classList.toggle("hover", item.dataset.chip === chipId);
+}
+
+// The chosen result at full size with its heatmap and peak, if it cannot lie on the map.
+export function showFigure(figure, result) {
+  figure.hidden = !result || Boolean(result.bounds_lonlat);
+  figure.replaceChildren();
+  if (figure.hidden) return;
+  const view = element("div", "view");
+  view.append(picture("", result.thumbnail_url));
+  if (result.heatmap_url) view.append(picture("heat", result.heatmap_url));
+  if (result.spot) {
+    const peak = element("span", "peak");
+    [peak.style.top, peak.style.left] = result.spot.peak_fraction.map((part) => `${100 * part}%`);
+    view.append(peak);
+  }
+  figure.append(view, element("figcaption", "muted", `${result.chip_id} · no place on the map`));
 }

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_service import MODEL, jpeg, make_model, tiny_cluster
+from tiny_service import CHIPS, GSD_M, MODEL, jpeg, make_chips, make_model, make_scaled_model, tiny_cluster
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError
+from rsplatform.config import ConfigError, validate
 from rsplatform.curate.pipeline import run_plain
+from rsplatform.dataset.store import open_table
 from rsplatform.index.embed import load_embedder
 from rsplatform.ledger import read_drops
+from rsplatform.model.preprocess import read_square
 from rsplatform.serve.batch import PredictConfig, predict_pipeline, write_jsonl
 
 
@@ -69,3 +71,43 @@ def test_a_folder_without_lines_is_refused(cluster: Cluster, tmp_path: Path) -> 
 
 def dropped(cluster: Cluster) -> list[dict]:
     return sorted(read_drops(Artifact(cluster.root, "predictions/a/v1")).to_pylist(), key=lambda drop: drop["id"])
+
+
+def test_every_chip_is_embedded_as_its_index_is_or_scored_for_texts(tmp_path: Path, root: str) -> None:
+    make_chips(root)
+    make_scaled_model(root)
+    cluster = tiny_cluster(root, data_root=str(tmp_path))
+    embedder = load_embedder(root, MODEL)
+    chips = open_table(root, CHIPS).to_table(["id", "image"]).to_pylist()
+    squares = [read_square(chip["image"], embedder.image_size, GSD_M) for chip in chips]
+    pixels, metres = zip(*squares, strict=True)
+    images_IE = embedder.embed_images(list(pixels), list(metres))
+    texts = ["a road", "water", "a road"]
+    for asked, name, expected in (
+        ([], "embedding", images_IE),
+        (texts, "scores", images_IE @ embedder.embed_texts(texts).T),
+    ):
+        output = f"predictions/{name}/v1"
+        config = PredictConfig(output=output, model=MODEL, chips=CHIPS, texts=asked, rows_per_shard=25)
+        artifact = Artifact(root, output)
+        counts = run_plain(*predict_pipeline(config, cluster, artifact))
+        assert counts["kept"] == len(chips)
+        write_jsonl(artifact, config.rows_per_shard)
+        files = sorted(Path(artifact.path("predictions")).glob("*.jsonl"))
+        found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        assert [row["id"] for row in found] == [chip["id"] for chip in chips]
+        assert np.allclose([row[name] for row in found], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "exactly one of instances, chips"),
+        ({"chips": CHIPS, "instances": "asked"}, "exactly one"),
+        ({"instances": "asked", "texts": ["a"]}, "texts are for chips"),
+        ({"chips": "index/a/v1"}, "kind chips"),
+    ],
+)
+def test_a_recipe_asks_one_thing(given: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        validate(PredictConfig, {"output": "predictions/a/v1", "model": MODEL} | given, "r.yaml")
