@@ -48,6 +48,7 @@ ALLOWED = {
     "GuardConfig.max_undecodable_fraction": "pictures are checked before; a limit of one's own is for bad disks",
     "WebSource.captions": "those of a captioner of one's own: the shipped jobs write captions for chips alone",
     "WebSource.own_caption_weight": "matters beside WebSource.captions",
+    "WebSource.holdout": "the field of ChipSource: a class may be kept out of the web pairs alone as well",
     "WebSource.weight": "the ratio is set by the chips' weight",
     "Phase.continues": "what a sweep writes into its best recipe",
     "Phase.loss_weights": "what a sweep writes into its best recipe",

@@ -17,7 +17,7 @@ from rsplatform.train.worker import read_history
 from tests.unit.train.tiny_dataset import make_tiny_dataset, tiny_recipe
 
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "pretrain"
-SOURCES = ("web_pairs", "chips", "webli", "rs_webli", "rs_landmarks")
+SOURCES = ("web_pairs", "chips", "webli", "rs_webli", "rs_landmarks", "world", "scenes", "rsicd")
 # What they start from; openMaMMUT's weights are the architecture that world_openmammut trains.
 FIRST = {"model/mt_webli/v1": "mt_webli", "model/openmammut/v1": "world_openmammut"}
 
