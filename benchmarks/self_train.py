@@ -29,9 +29,8 @@ STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 def measure(config: EvaluateConfig, model: str, cluster: Cluster) -> Row:
     """The numbers of one model under the evaluation's benchmarks, by column; those of several masks by benchmark."""
     name, version = model.split("/")[1:]
-    made = evaluate(
-        config.model_copy(update={"model": model, "output": f"evaluation/by_round_{name}/{version}"}), cluster
-    )
+    output = f"evaluation/{config.output.split('/')[1]}_of_{name}/{version}"
+    made = evaluate(config.model_copy(update={"model": model, "output": output}), cluster)
     benchmarks: dict[str, dict[str, Any]] = storage.read_json(made.path("report.json"))["benchmarks"]
     row: Row = {}
     for benchmark, result in benchmarks.items():
@@ -40,7 +39,8 @@ def measure(config: EvaluateConfig, model: str, cluster: Cluster) -> Row:
         for method in ("raw", "smooth"):
             if f"{method}_miou" in result:
                 row[f"{benchmark} {method}"] = result[f"{method}_miou"]
-                row |= {f"{name} {method}": iou for name, iou in result[f"{method}_iou_by_class"].items()}
+                by_class = result[f"{method}_iou_by_class"].items()
+                row |= {f"{benchmark} {name} {method}": iou for name, iou in by_class}
     return row
 
 
@@ -101,8 +101,9 @@ def main() -> None:
     evaluation = load_config(EvaluateConfig, arguments.evaluation)
     course = load_config(SelfTrainConfig, arguments.course)
     recipe = load_config(PretrainConfig, arguments.pretrain) if arguments.pretrain else None
-    by_class = [f"{name} {method}" for name in arguments.classes for method in ("raw", "smooth")]
     names = [benchmark.name for benchmark in evaluation.benchmarks]
+    methods = ("raw", "smooth")
+    by_class = [f"{name} {sought} {each}" for name in names for sought in arguments.classes for each in methods]
     columns = [f"{name} {value}" for name in names for value in ("mean recall", "raw", "smooth")]
     seeds = {}
     for seed in arguments.seeds:

@@ -128,9 +128,9 @@ def _square(chips_ref: str, chip: dict[str, Any], distance_m: float, image_size:
 
 
 def captions_by_id(root: str, config: LessonConfig) -> dict[str, list[str]]:
-    """The captions of the dataset's samples."""
-    rows = open_table(root, config.dataset, SAMPLES_TABLE).to_table(columns=["id", "captions"]).to_pylist()
-    return {row["id"]: row["captions"] for row in rows}
+    """The captions of the dataset's samples that are chips of `chips`, whichever of these the lesson takes."""
+    rows = open_table(root, config.dataset, SAMPLES_TABLE).to_table(columns=["id", "captions", "table"]).to_pylist()
+    return {row["id"]: row["captions"] for row in rows if row["table"] == config.chips}
 
 
 def possible_classes(
@@ -138,10 +138,10 @@ def possible_classes(
 ) -> torch.Tensor:
     """possible_BC (bool): all classes in a picture without captions, else those that its captions name.
 
-    A caption names a class by the words of its name, singular or plural (holdout.py). A class that no caption of
-    these pictures names is novel: silence says nothing of it.
+    A caption names a class by the words of its name, singular or plural (holdout.py). A class that no caption at all
+    names is novel: silence says nothing of it.
     """
-    columns, captions = [torch.ones(len(ids), dtype=torch.bool)], {i: captions[i] for i in ids if i in captions}
+    columns = [torch.ones(len(ids), dtype=torch.bool)]
     for item in classes:
         words = Holdout([item.name])
         is_known = any(words.reason((), texts) for texts in captions.values())

@@ -1,8 +1,8 @@
 """Front door `self_train`: a model teaches itself where things are, from unlabelled chips and the original losses.
 
 Rounds of: an EMA teacher's pseudo-labels (teacher.py) → training with the patch loss + MaMMUT's losses, so nothing
-is forgotten → agreement on held-out chips; it stops when that falls. Each round is an artifact of its own, which other
-jobs can take as their model. Never reads a mask.
+is forgotten → agreement on held-out chips; it stops when that falls by more than chance explains. Each round is an
+artifact of its own, which other jobs can take as their model. Never reads a mask.
 """
 
 from collections.abc import Generator, Iterator

@@ -13,6 +13,7 @@ from rsplatform.cluster import Cluster
 from rsplatform.localize.lesson import (
     Lesson,
     LessonConfig,
+    captions_by_id,
     chip_pictures,
     lesson_loss,
     possible_classes,
@@ -24,7 +25,7 @@ from rsplatform.localize.smooth_attention import smooth_attention
 from rsplatform.localize.teacher import VIEWS, TeacherLabels, View, teach, view_maps
 from rsplatform.model.embedder import Embedder
 from rsplatform.model.preprocess import Square, decode_image, square
-from rsplatform.records import CHIP_SCHEMA
+from rsplatform.records import CHIP_SCHEMA, SAMPLE_SCHEMA
 
 CLASSES = [Sought(name="stadium", prompts=["a stadium"]), Sought(name="harbour", prompts=["harbour and water"])]
 
@@ -92,8 +93,6 @@ def test_what_no_caption_names_is_not_labelled_unless_it_is_novel(cluster: Clust
     assert possible.tolist() == [[True, True, False], [True, False, True], [True, False, False], [True, True, True]]
     novel = possible_classes([*CLASSES, Sought(name="runway", prompts=["a runway"])], captions, ["a", "c"])
     assert novel[:, 3].tolist() == [True, True]
-    elsewhere = possible_classes(CLASSES, captions | {"web": ["a stadium"]}, ["b", "c"])  # in no chip's caption
-    assert elsewhere[:, 1].tolist() == [True, True]
     embedder = Embedder.load(Path(cluster.root) / tiny_service.MODEL / "model")
     rng = np.random.default_rng(0)
     pictures = [Square(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8), 2.0) for _ in range(4)]
@@ -104,6 +103,28 @@ def test_what_no_caption_names_is_not_labelled_unless_it_is_novel(cluster: Clust
         assert not set(labels[picture].unique().tolist()) - {-1} - set(possible[picture].nonzero().flatten().tolist())
     with pytest.raises(ValueError, match="possible_BC"):
         teach(embedder, pictures, texts, rule, 3, possible[:, :2])
+
+
+def test_words_beside_other_pictures_make_no_class_known(tmp_path: Path) -> None:
+    texts = {"chips/plain/v1": "a road", "web_pairs/plain/v1": "a stadium"}
+    rows = [
+        {
+            "id": f"{table}-0",
+            "table": table,
+            "row": 0,
+            "captions": [text],
+            "split": "train",
+            "source": "",
+            "weight": 1.0,
+        }
+        for table, text in texts.items()
+    ]
+    samples = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+    lance.write_dataset(samples, f"{tmp_path}/dataset/plain/v1/samples.lance")
+    tiny_service.finish(str(tmp_path), "dataset/plain/v1")
+    captions = captions_by_id(str(tmp_path), lesson_config())
+    assert captions == {"chips/plain/v1-0": ["a road"]}
+    assert possible_classes(CLASSES, captions, list(captions)).all()
 
 
 def test_views_are_made_where_the_model_is(cluster: Cluster) -> None:
