@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from page_browser import search
 from PIL import Image
 
 pytestmark = pytest.mark.e2e
@@ -28,3 +29,15 @@ def test_a_picture_too_large_to_send_is_made_smaller(page: Any, kind: str) -> No
     assert sent.format == "JPEG" and sent.size == ((2048, 1075) if kind == "many_pixels" else (1600, 1500))
     page.wait_for_selector(".card >> nth=11")
     assert page.locator("#error").is_hidden()
+
+
+def test_a_key_given_again_leaves_scenes_question_and_view_as_they_are(page: Any) -> None:
+    search(page, "a road")
+    page.evaluate("() => { document.querySelector('#key').hidden = false; }")
+    page.fill("#key-value", "renewed")
+    with page.expect_response("**/v1/search") as waiting:
+        page.press("#key-value", "Enter")
+    assert waiting.value.request.post_data_json["text"] == "a road"
+    page.wait_for_selector("#results:not([aria-busy]) .card >> nth=11")
+    assert page.locator("#error").is_hidden() and page.locator("#key").is_hidden()
+    assert page.locator(".peak").count() == 1

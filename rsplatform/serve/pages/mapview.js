@@ -89,11 +89,31 @@ export class MapView {
     else this.actions.onPlace([lngLat.lng, lngLat.lat]);
   }
 
+  // Layers stand once the server told its scenes; a question may fail earlier, for want of a key.
+  get isReady() {
+    return Boolean(this.map.getSource("results"));
+  }
+
+  // Also again, with what is served by then; the view moves the first time only.
   async showScenes(scenes, theme) {
     await this.loaded;
+    const isFirst = !this.map.getSource("scenes");
+    if (isFirst) this.addLayers();
+    this.showTiles(scenes);
+    const outlines = scenes.map((scene) => polygon(boxCorners(scene.bounds_lonlat), { scene: scene.id }));
+    this.map.getSource("scenes").setData({ type: "FeatureCollection", features: outlines });
+    const dots = scenes.map(({ bounds_lonlat: bounds }) => dot(bounds));
+    this.map.getSource("dots").setData({ type: "FeatureCollection", features: dots });
+    if (isFirst && scenes.length) this.map.fitBounds(worthSeeing(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
+    this.setTheme(theme);
+  }
+
+  showTiles(scenes) {
     const { map } = this;
     for (const scene of scenes) {
-      map.addSource(`scene ${scene.id}`, {
+      const id = `scene ${scene.id}`;
+      if (map.getSource(id)) continue;
+      map.addSource(id, {
         type: "raster",
         tiles: [`${location.origin}/tiles/${encodeURIComponent(scene.id)}/{z}/{x}/{y}.png`],
         tileSize: 256,
@@ -102,23 +122,22 @@ export class MapView {
         maxzoom: scene.max_zoom,
         attribution: attributionHtml(scene.attribution),
       });
-      map.addLayer({ id: `scene ${scene.id}`, type: "raster", source: `scene ${scene.id}`, paint: { "raster-fade-duration": 0 } });
+      map.addLayer({ id, type: "raster", source: id, paint: { "raster-fade-duration": 0 } }, "scenes");
     }
-    const outlines = scenes.map((scene) => polygon(boxCorners(scene.bounds_lonlat), { scene: scene.id }));
-    map.addSource("scenes", { type: "geojson", data: { type: "FeatureCollection", features: outlines } });
-    map.addSource("results", { type: "geojson", data: NOTHING, promoteId: "chip" });
-    map.addSource("area", { type: "geojson", data: NOTHING });
+  }
+
+  addLayers() {
+    const { map } = this;
+    for (const id of ["scenes", "results", "area", "dots"]) {
+      map.addSource(id, { type: "geojson", data: NOTHING, ...(id === "results" && { promoteId: "chip" }) });
+    }
     const strong = ["any", ["boolean", ["feature-state", "selected"], false], ["boolean", ["feature-state", "hover"], false]];
     // Far out, scenes are too small to see: their outlines show where they are.
     map.addLayer({ id: "scenes", type: "line", source: "scenes", minzoom: DOTS_BELOW_ZOOM, maxzoom: 11, paint: { "line-color": "#0f766e", "line-width": 2 } });
     map.addLayer({ id: "footprints", type: "fill", source: "results", paint: { "fill-color": "#fbbf24", "fill-opacity": ["case", strong, 0.02, 0.1] } });
     map.addLayer({ id: "footprint lines", type: "line", source: "results", paint: { "line-color": ["case", strong, "#fff7d6", "#fbbf24"], "line-width": ["case", strong, 3.5, 2] } });
     map.addLayer({ id: "area", type: "line", source: "area", paint: { "line-color": "#38bdf8", "line-width": 2.5, "line-dasharray": [2, 1.5] } });
-    const dots = scenes.map(({ bounds_lonlat: bounds }) => dot(bounds));
-    map.addSource("dots", { type: "geojson", data: { type: "FeatureCollection", features: dots } });
     map.addLayer({ id: "dots", type: "circle", source: "dots", maxzoom: DOTS_BELOW_ZOOM, paint: { "circle-radius": 7, "circle-color": "#0f766e", "circle-stroke-color": "#fff", "circle-stroke-width": 2 } });
-    if (scenes.length) map.fitBounds(worthSeeing(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
-    this.setTheme(theme);
   }
 
   setTheme(theme) {
@@ -126,6 +145,7 @@ export class MapView {
   }
 
   showResults(results, { fit = false }) {
+    if (!this.isReady) return;
     const placed = results.filter((result) => result.bounds_lonlat);
     const features = placed.map((result) => polygon(result.corners_lonlat, { chip: result.chip_id }));
     this.map.removeFeatureState({ source: "results" });
@@ -137,7 +157,8 @@ export class MapView {
 
   select(result, { move = true } = {}) {
     const { map } = this;
-    if (this.selected && map.getSource("results")) map.setFeatureState({ source: "results", id: this.selected }, { selected: false });
+    if (!this.isReady) return;
+    if (this.selected) map.setFeatureState({ source: "results", id: this.selected }, { selected: false });
     this.selected = result?.chip_id ?? null;
     if (map.getLayer("heatmap")) map.removeLayer("heatmap");
     if (map.getSource("heatmap")) map.removeSource("heatmap");
@@ -165,7 +186,7 @@ export class MapView {
   }
 
   hover(chip) {
-    if (chip === this.hovered) return;
+    if (chip === this.hovered || !this.isReady) return;
     if (this.hovered) this.map.setFeatureState({ source: "results", id: this.hovered }, { hover: false });
     if (chip) this.map.setFeatureState({ source: "results", id: chip }, { hover: true });
     this.hovered = chip;
