@@ -41,3 +41,23 @@ def test_a_key_given_again_leaves_scenes_question_and_view_as_they_are(page: Any
     page.wait_for_selector("#results:not([aria-busy]) .card >> nth=11")
     assert page.locator("#error").is_hidden() and page.locator("#key").is_hidden()
     assert page.locator(".peak").count() == 1
+
+
+@pytest.mark.parametrize("served", [None, [0.5, 0.5]])
+def test_a_linked_scale_that_the_server_cannot_span_is_asked_and_can_be_cleared(
+    page: Any, base_url: str, served: list[float] | None
+) -> None:
+    def serve_scales(route: Any) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=answer.json() | {"gsd_m": served})
+
+    page.route("**/v1/stats", serve_scales)
+    with page.expect_response("**/v1/search") as waiting:
+        page.goto(f"{base_url}/?q=a+road&gsd=900,")
+    assert waiting.value.request.post_data_json["gsd_m"] == [900, 1e6]
+    page.wait_for_selector("#results:not([aria-busy])")
+    assert page.locator("#gsd output").inner_text() == "900 m – coarsest"
+    with page.expect_response("**/v1/search") as waiting:
+        page.click("#gsd .clear")
+    assert "gsd_m" not in waiting.value.request.post_data_json
+    assert "gsd=" not in page.url and page.locator("#gsd").is_hidden()
