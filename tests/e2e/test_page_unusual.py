@@ -61,3 +61,21 @@ def test_a_linked_scale_that_the_server_cannot_span_is_asked_and_can_be_cleared(
         page.click("#gsd .clear")
     assert "gsd_m" not in waiting.value.request.post_data_json
     assert "gsd=" not in page.url and page.locator("#gsd").is_hidden()
+
+
+def test_without_webgl_the_page_says_so_and_results_still_show(page: Any, base_url: str) -> None:
+    page.add_init_script(
+        "const get = HTMLCanvasElement.prototype.getContext;"
+        "HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {"
+        "  return kind.startsWith('webgl') ? null : get.call(this, kind, ...rest); };"
+    )
+    page.goto(f"{base_url}/?bbox=8,48,10,50")
+    page.wait_for_selector("#suggestions button")
+    assert "hardware acceleration" in page.locator("#no-map").inner_text() and page.locator("#draw").is_hidden()
+    search(page, "a road")
+    assert page.locator(".card").count() == 12 and page.locator("#error").is_hidden()
+    page.wait_for_function("() => document.querySelector('#figure .heat')?.naturalWidth > 0")
+    page.locator(".card .open").nth(1).click()
+    chosen = page.locator(".card.selected").get_attribute("data-chip")
+    assert page.locator("#figure figcaption").inner_text() == chosen
+    page.press("body", "Escape")

@@ -1,7 +1,7 @@
 // The page's state: what is asked lives in the URL, so that a link shares it; cards and map only show it.
 import { call, KeyNeeded, setKey, showPicture } from "./api.js";
 import { onKey, suggest } from "./asking.js";
-import { MapView } from "./mapview.js";
+import { MapView, NoMap } from "./mapview.js";
 import { readPicture } from "./picture.js";
 import { DateRange, GsdRange } from "./ranges.js";
 import { hoverCard, selectCard, showFigure, showResults } from "./results.js";
@@ -69,7 +69,7 @@ function choose(chipId, { move = true } = {}) {
   state.selected = chipId;
   const result = state.results.find((item) => item.chip_id === chipId) ?? null;
   selectCard($("results"), result);
-  showFigure($("figure"), result);
+  showFigure($("figure"), result, map.isMissing);
   map.select(result, { move });
   $("overlay").hidden = !result?.heatmap_url;
   writeUrl();
@@ -242,19 +242,30 @@ function setTheme(theme) {
 async function start() {
   const preferred = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   setTheme(localStorage.getItem("theme") ?? preferred);
-  map = new MapView({
-    onPlace: findLikePlace,
-    onArea: setArea,
-    onHover: (id) => hoverCard($("results"), id),
-    onDrawing: (drawing) => {
-      $("draw").setAttribute("aria-pressed", String(drawing));
-      $("hint").hidden = !drawing;
-    },
-  });
+  map = openMap();
   dates = new DateRange($("dates"), () => search());
   gsd = new GsdRange($("gsd"), () => search());
   listen();
   await load();
+}
+
+function openMap() {
+  try {
+    return new MapView({
+      onPlace: findLikePlace,
+      onArea: setArea,
+      onHover: (id) => hoverCard($("results"), id),
+      onDrawing: (drawing) => {
+        $("draw").setAttribute("aria-pressed", String(drawing));
+        $("hint").hidden = !drawing;
+      },
+    });
+  } catch (error) {
+    console.warn("no map:", error);
+    $("no-map").hidden = false;
+    for (const id of ["map", "draw", "view"]) $(id).hidden = true;
+    return new NoMap();
+  }
 }
 
 // What is served, then what the link asks; again once a key was given.

@@ -42,7 +42,26 @@ function worthSeeing(boxes) {
   return around(span(boxes) < most ? boxes : boxes.filter((box) => span([boxes[0], box]) < most));
 }
 
+// In place of the map where the browser cannot draw one: everything but the map works.
+export class NoMap {
+  isDrawing = false;
+  isMissing = true;
+  hover() {}
+  select() {}
+  setOpacity() {}
+  setTheme() {}
+  showArea() {}
+  showResults() {}
+  showScenes() {}
+  startDrawing() {}
+  stopDrawing() {}
+  viewBox() { return null; }
+}
+
 export class MapView {
+  isMissing = false;
+
+  // Throws where the browser has no WebGL.
   constructor({ onPlace, onArea, onHover, onDrawing }) {
     this.actions = { onPlace, onArea, onHover, onDrawing };
     this.isDrawing = false;

@@ -69,9 +69,9 @@ export function hoverCard(list, chipId) {
   for (const item of list.children) item.classList.toggle("hover", item.dataset.chip === chipId);
 }
 
-// The chosen result at full size with its heatmap and peak, if it cannot lie on the map.
-export function showFigure(figure, result) {
-  figure.hidden = !result || Boolean(result.bounds_lonlat);
+// The chosen result at full size with its heatmap and peak, if it cannot lie on the map, or no map is there.
+export function showFigure(figure, result, noMap = false) {
+  figure.hidden = !result || (Boolean(result.bounds_lonlat) && !noMap);
   figure.replaceChildren();
   if (figure.hidden) return;
   const view = element("div", "view");
@@ -82,5 +82,6 @@ export function showFigure(figure, result) {
     [peak.style.top, peak.style.left] = result.spot.peak_fraction.map((part) => `${100 * part}%`);
     view.append(peak);
   }
-  figure.append(view, element("figcaption", "muted", `${result.chip_id} · no place on the map`));
+  const place = result.bounds_lonlat ? "" : " · no place on the map";
+  figure.append(view, element("figcaption", "muted", `${result.chip_id}${place}`));
 }
