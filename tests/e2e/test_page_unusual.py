@@ -77,3 +77,38 @@ def test_without_webgl_the_page_says_so_and_results_still_show(page: Any, base_u
     chosen = page.locator(".card.selected").get_attribute("data-chip")
     assert page.locator("#figure figcaption").inner_text() == chosen
     page.press("body", "Escape")
+
+
+def test_of_many_scenes_only_those_nearest_to_the_middle_of_the_view_load_tiles(page: Any, base_url: str) -> None:
+    """A town of 3000 more scenes around the served ones."""
+
+    def serve_many(route: Any) -> None:
+        answer = route.fetch()
+        stats = answer.json()
+        west, south, east, north = stats["scenes"][0]["bounds_lonlat"]
+        for number in range(3000):
+            right, up = (east - west) * (number % 60 - 30), (north - south) * (number // 60 - 25)
+            bounds = [west + right, south + up, east + right, north + up]
+            stats["scenes"].append(stats["scenes"][0] | {"id": f"many{number}", "bounds_lonlat": bounds, "min_zoom": 0})
+        route.fulfill(response=answer, json=stats)
+
+    asked: set[str] = set()
+    page.route("**/v1/stats", serve_many)
+    page.on("request", lambda request: asked.add(request.url.split("/")[4]) if "/tiles/many" in request.url else None)
+    page.route("**/tiles/many*/**", lambda route: route.fulfill(status=204))
+    page.goto(base_url)
+    if len(asked) < 50:
+        page.wait_for_event("requestfinished", predicate=lambda _: len(asked) >= 50)
+    page.wait_for_load_state("networkidle")
+    assert len(asked) <= 64
+    in_view = page.evaluate(
+        "async () => {"
+        "  const { inView } = await import('/static/scenes.js');"
+        "  const box = (number) => [number / 10, 0, number / 10 + 0.05, 0.05];"
+        "  const scenes = [...Array(1000).keys()].map((id) => ({ id, min_zoom: id % 2 ? 5 : 0, bounds_lonlat: box(id) }));"
+        "  const ids = ({ tiled, rest }) => [tiled, rest].map((some) => some.map((scene) => scene.id));"
+        "  return [ids(inView(scenes, [1, -1, 3, 1], 9, 5)), ids(inView(scenes, [361.96, -1, 362.14, 1], 2, 5))]; }"
+    )
+    (tiled, rest), (far_tiled, far_rest) = in_view
+    assert tiled == [20, 19, 21, 18, 22] and sorted(tiled + rest) == list(range(10, 31))
+    assert (far_tiled, far_rest) == ([20], [21])

@@ -1,33 +1,13 @@
 // The map: the user's scenes as base, footprints of results, the chosen chip's heatmap and peak, the drawn area.
 /* global maplibregl */
 import { keyHeaders } from "./api.js";
+import { SceneTiles } from "./scenes.js";
+import { boxCorners, collection, dot, NOTHING, polygon } from "./shapes.js";
 
 const GROUND = { light: "#dfe5e3", dark: "#0b100f" };
 const MAX_SPAN_IN_BOXES = 30;
 const DOTS_BELOW_ZOOM = 10;
-const NOTHING = { type: "FeatureCollection", features: [] };
 const MOVE = matchMedia("(prefers-reduced-motion: reduce)").matches ? { duration: 0 } : { duration: 500 };
-
-// MapLibre writes attributions as HTML; names of sources are data. OpenStreetMap asks for a link to its terms.
-function attributionHtml(text) {
-  const node = document.createElement("span");
-  node.textContent = text;
-  const terms = '<a href="https://www.openstreetmap.org/copyright" target="_blank" rel="noopener noreferrer">$&</a>';
-  return node.innerHTML.replace(/OpenStreetMap( contributors)?/, terms);
-}
-
-function polygon(corners, properties) {
-  return { type: "Feature", properties, geometry: { type: "Polygon", coordinates: [[...corners, corners[0]]] } };
-}
-
-function boxCorners([west, south, east, north]) {
-  return [[west, north], [east, north], [east, south], [west, south]];
-}
-
-function dot([west, south, east, north]) {
-  const coordinates = [(west + east) / 2, (south + north) / 2];
-  return { type: "Feature", properties: { bounds: [west, south, east, north] }, geometry: { type: "Point", coordinates } };
-}
 
 function around(boxes) {
   const bounds = new maplibregl.LngLatBounds();
@@ -101,9 +81,9 @@ export class MapView {
     }
   }
 
-  // On imagery: more like this place. On a dot, which stands for a scene too small to see: go there.
+  // On imagery: more like this place. On a dot, which stands for a scene that is not shown: go there.
   clicked(point, lngLat) {
-    const [scene] = this.map.getLayer("dots") ? this.map.queryRenderedFeatures(point, { layers: ["dots"] }) : [];
+    const [scene] = this.isReady ? this.map.queryRenderedFeatures(point, { layers: ["dots", "rest"] }) : [];
     if (scene) this.map.fitBounds(around([JSON.parse(scene.properties.bounds)]), { padding: 40, ...MOVE });
     else this.actions.onPlace([lngLat.lng, lngLat.lat]);
   }
@@ -118,36 +98,18 @@ export class MapView {
     await this.loaded;
     const isFirst = !this.map.getSource("scenes");
     if (isFirst) this.addLayers();
-    this.showTiles(scenes);
+    this.tiles.show(scenes);
     const outlines = scenes.map((scene) => polygon(boxCorners(scene.bounds_lonlat), { scene: scene.id }));
-    this.map.getSource("scenes").setData({ type: "FeatureCollection", features: outlines });
+    this.map.getSource("scenes").setData(collection(outlines));
     const dots = scenes.map(({ bounds_lonlat: bounds }) => dot(bounds));
-    this.map.getSource("dots").setData({ type: "FeatureCollection", features: dots });
+    this.map.getSource("dots").setData(collection(dots));
     if (isFirst && scenes.length) this.map.fitBounds(worthSeeing(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
     this.setTheme(theme);
   }
 
-  showTiles(scenes) {
-    const { map } = this;
-    for (const scene of scenes) {
-      const id = `scene ${scene.id}`;
-      if (map.getSource(id)) continue;
-      map.addSource(id, {
-        type: "raster",
-        tiles: [`${location.origin}/tiles/${encodeURIComponent(scene.id)}/{z}/{x}/{y}.png`],
-        tileSize: 256,
-        bounds: scene.bounds_lonlat,
-        minzoom: scene.min_zoom,
-        maxzoom: scene.max_zoom,
-        attribution: attributionHtml(scene.attribution),
-      });
-      map.addLayer({ id, type: "raster", source: id, paint: { "raster-fade-duration": 0 } }, "scenes");
-    }
-  }
-
   addLayers() {
     const { map } = this;
-    for (const id of ["scenes", "results", "area", "dots"]) {
+    for (const id of ["scenes", "results", "area", "dots", "rest"]) {
       map.addSource(id, { type: "geojson", data: NOTHING, ...(id === "results" && { promoteId: "chip" }) });
     }
     const strong = ["any", ["boolean", ["feature-state", "selected"], false], ["boolean", ["feature-state", "hover"], false]];
@@ -156,7 +118,10 @@ export class MapView {
     map.addLayer({ id: "footprints", type: "fill", source: "results", paint: { "fill-color": "#fbbf24", "fill-opacity": ["case", strong, 0.02, 0.1] } });
     map.addLayer({ id: "footprint lines", type: "line", source: "results", paint: { "line-color": ["case", strong, "#fff7d6", "#fbbf24"], "line-width": ["case", strong, 3.5, 2] } });
     map.addLayer({ id: "area", type: "line", source: "area", paint: { "line-color": "#38bdf8", "line-width": 2.5, "line-dasharray": [2, 1.5] } });
-    map.addLayer({ id: "dots", type: "circle", source: "dots", maxzoom: DOTS_BELOW_ZOOM, paint: { "circle-radius": 7, "circle-color": "#0f766e", "circle-stroke-color": "#fff", "circle-stroke-width": 2 } });
+    const paint = { "circle-radius": 7, "circle-color": "#0f766e", "circle-stroke-color": "#fff", "circle-stroke-width": 2 };
+    map.addLayer({ id: "dots", type: "circle", source: "dots", maxzoom: DOTS_BELOW_ZOOM, paint });
+    map.addLayer({ id: "rest", type: "circle", source: "rest", minzoom: DOTS_BELOW_ZOOM, paint });
+    this.tiles = new SceneTiles(map, { above: "scenes", rest: "rest" });
   }
 
   setTheme(theme) {
@@ -168,7 +133,7 @@ export class MapView {
     const placed = results.filter((result) => result.bounds_lonlat);
     const features = placed.map((result) => polygon(result.corners_lonlat, { chip: result.chip_id }));
     this.map.removeFeatureState({ source: "results" });
-    this.map.getSource("results").setData({ type: "FeatureCollection", features });
+    this.map.getSource("results").setData(collection(features));
     if (fit && placed.length) {
       this.map.fitBounds(worthSeeing(placed.map((result) => result.bounds_lonlat)), { padding: this.margin(0.09), maxZoom: 18, ...MOVE });
     }
@@ -255,6 +220,6 @@ export class MapView {
 
   showArea(bbox) {
     const features = bbox ? [polygon(boxCorners(bbox), {})] : [];
-    this.map.getSource("area")?.setData({ type: "FeatureCollection", features });
+    this.map.getSource("area")?.setData(collection(features));
   }
 }
