@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from page_browser import search
+from page_world import PageWorld
 from PIL import Image
 
 pytestmark = pytest.mark.e2e
@@ -112,3 +113,12 @@ def test_of_many_scenes_only_those_nearest_to_the_middle_of_the_view_load_tiles(
     (tiled, rest), (far_tiled, far_rest) = in_view
     assert tiled == [20, 19, 21, 18, 22] and sorted(tiled + rest) == list(range(10, 31))
     assert (far_tiled, far_rest) == ([20], [21])
+
+
+def test_a_question_by_picture_says_why_its_peak_has_no_heatmap(page: Any, world: PageWorld) -> None:
+    page.set_input_files("#picture", f"{world.cluster.data_root}/photos/bright.jpg")
+    page.wait_for_selector("#results:not([aria-busy]) .card.selected")
+    assert page.locator(".note").count() == page.locator(".card.selected .note").count() == 1
+    page.locator(".card.selected .more").click()
+    page.wait_for_selector(".thumb .heat")
+    assert page.locator(".note").count() == 0
