@@ -106,7 +106,8 @@ def test_of_many_scenes_only_those_nearest_to_the_middle_of_the_view_load_tiles(
         "async () => {"
         "  const { inView } = await import('/static/scenes.js');"
         "  const box = (number) => [number / 10, 0, number / 10 + 0.05, 0.05];"
-        "  const scenes = [...Array(1000).keys()].map((id) => ({ id, min_zoom: id % 2 ? 5 : 0, bounds_lonlat: box(id) }));"
+        "  const scenes = [...Array(1000).keys()]"
+        "    .map((id) => ({ id, min_zoom: id % 2 ? 5 : 0, bounds_lonlat: box(id) }));"
         "  const ids = ({ tiled, rest }) => [tiled, rest].map((some) => some.map((scene) => scene.id));"
         "  return [ids(inView(scenes, [1, -1, 3, 1], 9, 5)), ids(inView(scenes, [361.96, -1, 362.14, 1], 2, 5))]; }"
     )
