@@ -1,6 +1,8 @@
 // The page's state: what is asked lives in the URL, so that a link shares it; cards and map only show it.
 import { call, KeyNeeded, setKey, showPicture } from "./api.js";
-import { MapView } from "./mapview.js";
+import { onKey, suggest } from "./asking.js";
+import { MapView, NoMap } from "./mapview.js";
+import { readPicture } from "./picture.js";
 import { DateRange, GsdRange } from "./ranges.js";
 import { hoverCard, selectCard, showFigure, showResults } from "./results.js";
 
@@ -67,7 +69,7 @@ function choose(chipId, { move = true } = {}) {
   state.selected = chipId;
   const result = state.results.find((item) => item.chip_id === chipId) ?? null;
   selectCard($("results"), result);
-  showFigure($("figure"), result);
+  showFigure($("figure"), result, map.isMissing);
   map.select(result, { move });
   $("overlay").hidden = !result?.heatmap_url;
   writeUrl();
@@ -164,32 +166,20 @@ function readUrl() {
   search({ keepUrl: true, select: parameters.get("chip") });
 }
 
-function readPicture(file) {
-  const reader = new FileReader();
-  reader.onload = () => {
-    Object.assign(state, { picture: reader.result, like: null, query: "" });
+async function askPicture(file) {
+  const run = ++state.run; // what was asked before is not waited for
+  $("picture").value = ""; // the same file may be chosen again
+  $("status").textContent = "Reading the picture…";
+  try {
+    const picture = await readPicture(file);
+    if (run !== state.run) return; // a newer question was asked meanwhile
+    Object.assign(state, { picture, like: null, query: "" });
     $("query").value = "";
-    $("picture").value = ""; // the same file may be chosen again
     search();
-  };
-  reader.onerror = () => showError("This file cannot be read.");
-  reader.readAsDataURL(file);
-}
-
-function onKey(event) {
-  const typing = event.target.closest("input, select");
-  if (event.key === "/" && !typing) {
-    event.preventDefault();
-    $("query").focus();
-  } else if (event.key === "Escape") {
-    map.stopDrawing();
-  } else if (["ArrowDown", "ArrowUp"].includes(event.key) && event.target.closest("#panel") && (!typing || typing.id === "query")) {
-    const cards = [...$("results").querySelectorAll(".open")];
-    if (!cards.length) return;
-    event.preventDefault();
-    const next = cards.indexOf(document.activeElement) + (event.key === "ArrowDown" ? 1 : -1);
-    if (next < 0) $("query").focus();
-    else cards[Math.min(next, cards.length - 1)].focus();
+  } catch (error) {
+    if (run !== state.run) return;
+    $("results").removeAttribute("aria-busy");
+    showProblem(error);
   }
 }
 
@@ -219,10 +209,10 @@ function listen() {
     state.triedKey = true;
     load();
   });
-  $("picture").addEventListener("change", (event) => event.target.files[0] && readPicture(event.target.files[0]));
+  $("picture").addEventListener("change", (event) => event.target.files[0] && askPicture(event.target.files[0]));
   $("opacity").addEventListener("input", (event) => setOpacity(event.target.value / 100));
   $("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-  document.addEventListener("keydown", onKey);
+  document.addEventListener("keydown", (event) => onKey(event, () => map.stopDrawing()));
 }
 
 async function share() {
@@ -249,36 +239,33 @@ function setTheme(theme) {
   map?.setTheme(theme);
 }
 
-function suggest(kinds) {
-  $("kind").replaceChildren(new Option("anything", ""));
-  $("suggestions").replaceChildren();
-  for (const kind of Object.keys(kinds)) $("kind").append(new Option(`${kind} (${kinds[kind]})`, kind));
-  const examples = Object.keys(kinds).slice(0, 6).map((kind) => `an aerial image of a ${kind}`);
-  for (const text of examples) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = text;
-    button.addEventListener("click", () => ask(text));
-    $("suggestions").append(button);
-  }
-}
-
 async function start() {
   const preferred = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   setTheme(localStorage.getItem("theme") ?? preferred);
-  map = new MapView({
-    onPlace: findLikePlace,
-    onArea: setArea,
-    onHover: (id) => hoverCard($("results"), id),
-    onDrawing: (drawing) => {
-      $("draw").setAttribute("aria-pressed", String(drawing));
-      $("hint").hidden = !drawing;
-    },
-  });
+  map = openMap();
   dates = new DateRange($("dates"), () => search());
   gsd = new GsdRange($("gsd"), () => search());
   listen();
   await load();
+}
+
+function openMap() {
+  try {
+    return new MapView({
+      onPlace: findLikePlace,
+      onArea: setArea,
+      onHover: (id) => hoverCard($("results"), id),
+      onDrawing: (drawing) => {
+        $("draw").setAttribute("aria-pressed", String(drawing));
+        $("hint").hidden = !drawing;
+      },
+    });
+  } catch (error) {
+    console.warn("no map:", error);
+    $("no-map").hidden = false;
+    for (const id of ["map", "draw", "view"]) $(id).hidden = true;
+    return new NoMap();
+  }
 }
 
 // What is served, then what the link asks; again once a key was given.
@@ -288,7 +275,7 @@ async function load() {
     $("key").hidden = true;
     showError(null);
     $("served").textContent = `${stats.num_chips.toLocaleString()} chips · ${stats.model}`;
-    suggest(stats.kinds);
+    suggest(stats.kinds, ask);
     dates.limit(stats.datetime);
     gsd.limit(stats.gsd_m);
     await map.showScenes(stats.scenes, document.documentElement.dataset.theme);

@@ -1,33 +1,13 @@
 // The map: the user's scenes as base, footprints of results, the chosen chip's heatmap and peak, the drawn area.
 /* global maplibregl */
 import { keyHeaders } from "./api.js";
+import { SceneTiles } from "./scenes.js";
+import { boxCorners, collection, dot, NOTHING, polygon } from "./shapes.js";
 
 const GROUND = { light: "#dfe5e3", dark: "#0b100f" };
 const MAX_SPAN_IN_BOXES = 30;
 const DOTS_BELOW_ZOOM = 10;
-const NOTHING = { type: "FeatureCollection", features: [] };
 const MOVE = matchMedia("(prefers-reduced-motion: reduce)").matches ? { duration: 0 } : { duration: 500 };
-
-// MapLibre writes attributions as HTML; names of sources are data. OpenStreetMap asks for a link to its terms.
-function attributionHtml(text) {
-  const node = document.createElement("span");
-  node.textContent = text;
-  const terms = '<a href="https://www.openstreetmap.org/copyright" target="_blank" rel="noopener noreferrer">$&</a>';
-  return node.innerHTML.replace(/OpenStreetMap( contributors)?/, terms);
-}
-
-function polygon(corners, properties) {
-  return { type: "Feature", properties, geometry: { type: "Polygon", coordinates: [[...corners, corners[0]]] } };
-}
-
-function boxCorners([west, south, east, north]) {
-  return [[west, north], [east, north], [east, south], [west, south]];
-}
-
-function dot([west, south, east, north]) {
-  const coordinates = [(west + east) / 2, (south + north) / 2];
-  return { type: "Feature", properties: { bounds: [west, south, east, north] }, geometry: { type: "Point", coordinates } };
-}
 
 function around(boxes) {
   const bounds = new maplibregl.LngLatBounds();
@@ -42,7 +22,26 @@ function worthSeeing(boxes) {
   return around(span(boxes) < most ? boxes : boxes.filter((box) => span([boxes[0], box]) < most));
 }
 
+// In place of the map where the browser cannot draw one: everything but the map works.
+export class NoMap {
+  isDrawing = false;
+  isMissing = true;
+  hover() {}
+  select() {}
+  setOpacity() {}
+  setTheme() {}
+  showArea() {}
+  showResults() {}
+  showScenes() {}
+  startDrawing() {}
+  stopDrawing() {}
+  viewBox() { return null; }
+}
+
 export class MapView {
+  isMissing = false;
+
+  // Throws where the browser has no WebGL.
   constructor({ onPlace, onArea, onHover, onDrawing }) {
     this.actions = { onPlace, onArea, onHover, onDrawing };
     this.isDrawing = false;
@@ -82,43 +81,47 @@ export class MapView {
     }
   }
 
-  // On imagery: more like this place. On a dot, which stands for a scene too small to see: go there.
+  // On imagery: more like this place. On a dot, which stands for a scene that is not shown: go there.
   clicked(point, lngLat) {
-    const [scene] = this.map.getLayer("dots") ? this.map.queryRenderedFeatures(point, { layers: ["dots"] }) : [];
+    const [scene] = this.isReady ? this.map.queryRenderedFeatures(point, { layers: ["dots", "rest"] }) : [];
     if (scene) this.map.fitBounds(around([JSON.parse(scene.properties.bounds)]), { padding: 40, ...MOVE });
     else this.actions.onPlace([lngLat.lng, lngLat.lat]);
   }
 
+  // Layers stand once the server told its scenes; a question may fail earlier, for want of a key.
+  get isReady() {
+    return Boolean(this.map.getSource("results"));
+  }
+
+  // Also again, with what is served by then; the view moves the first time only.
   async showScenes(scenes, theme) {
     await this.loaded;
-    const { map } = this;
-    for (const scene of scenes) {
-      map.addSource(`scene ${scene.id}`, {
-        type: "raster",
-        tiles: [`${location.origin}/tiles/${encodeURIComponent(scene.id)}/{z}/{x}/{y}.png`],
-        tileSize: 256,
-        bounds: scene.bounds_lonlat,
-        minzoom: scene.min_zoom,
-        maxzoom: scene.max_zoom,
-        attribution: attributionHtml(scene.attribution),
-      });
-      map.addLayer({ id: `scene ${scene.id}`, type: "raster", source: `scene ${scene.id}`, paint: { "raster-fade-duration": 0 } });
-    }
+    const isFirst = !this.map.getSource("scenes");
+    if (isFirst) this.addLayers();
+    this.tiles.show(scenes);
     const outlines = scenes.map((scene) => polygon(boxCorners(scene.bounds_lonlat), { scene: scene.id }));
-    map.addSource("scenes", { type: "geojson", data: { type: "FeatureCollection", features: outlines } });
-    map.addSource("results", { type: "geojson", data: NOTHING, promoteId: "chip" });
-    map.addSource("area", { type: "geojson", data: NOTHING });
+    this.map.getSource("scenes").setData(collection(outlines));
+    const dots = scenes.map(({ bounds_lonlat: bounds }) => dot(bounds));
+    this.map.getSource("dots").setData(collection(dots));
+    if (isFirst && scenes.length) this.map.fitBounds(worthSeeing(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
+    this.setTheme(theme);
+  }
+
+  addLayers() {
+    const { map } = this;
+    for (const id of ["scenes", "results", "area", "dots", "rest"]) {
+      map.addSource(id, { type: "geojson", data: NOTHING, ...(id === "results" && { promoteId: "chip" }) });
+    }
     const strong = ["any", ["boolean", ["feature-state", "selected"], false], ["boolean", ["feature-state", "hover"], false]];
     // Far out, scenes are too small to see: their outlines show where they are.
     map.addLayer({ id: "scenes", type: "line", source: "scenes", minzoom: DOTS_BELOW_ZOOM, maxzoom: 11, paint: { "line-color": "#0f766e", "line-width": 2 } });
     map.addLayer({ id: "footprints", type: "fill", source: "results", paint: { "fill-color": "#fbbf24", "fill-opacity": ["case", strong, 0.02, 0.1] } });
     map.addLayer({ id: "footprint lines", type: "line", source: "results", paint: { "line-color": ["case", strong, "#fff7d6", "#fbbf24"], "line-width": ["case", strong, 3.5, 2] } });
     map.addLayer({ id: "area", type: "line", source: "area", paint: { "line-color": "#38bdf8", "line-width": 2.5, "line-dasharray": [2, 1.5] } });
-    const dots = scenes.map(({ bounds_lonlat: bounds }) => dot(bounds));
-    map.addSource("dots", { type: "geojson", data: { type: "FeatureCollection", features: dots } });
-    map.addLayer({ id: "dots", type: "circle", source: "dots", maxzoom: DOTS_BELOW_ZOOM, paint: { "circle-radius": 7, "circle-color": "#0f766e", "circle-stroke-color": "#fff", "circle-stroke-width": 2 } });
-    if (scenes.length) map.fitBounds(worthSeeing(scenes.map((scene) => scene.bounds_lonlat)), { padding: 40, duration: 0 });
-    this.setTheme(theme);
+    const paint = { "circle-radius": 7, "circle-color": "#0f766e", "circle-stroke-color": "#fff", "circle-stroke-width": 2 };
+    map.addLayer({ id: "dots", type: "circle", source: "dots", maxzoom: DOTS_BELOW_ZOOM, paint });
+    map.addLayer({ id: "rest", type: "circle", source: "rest", minzoom: DOTS_BELOW_ZOOM, paint });
+    this.tiles = new SceneTiles(map, { above: "scenes", rest: "rest" });
   }
 
   setTheme(theme) {
@@ -126,10 +129,11 @@ export class MapView {
   }
 
   showResults(results, { fit = false }) {
+    if (!this.isReady) return;
     const placed = results.filter((result) => result.bounds_lonlat);
     const features = placed.map((result) => polygon(result.corners_lonlat, { chip: result.chip_id }));
     this.map.removeFeatureState({ source: "results" });
-    this.map.getSource("results").setData({ type: "FeatureCollection", features });
+    this.map.getSource("results").setData(collection(features));
     if (fit && placed.length) {
       this.map.fitBounds(worthSeeing(placed.map((result) => result.bounds_lonlat)), { padding: this.margin(0.09), maxZoom: 18, ...MOVE });
     }
@@ -137,7 +141,8 @@ export class MapView {
 
   select(result, { move = true } = {}) {
     const { map } = this;
-    if (this.selected && map.getSource("results")) map.setFeatureState({ source: "results", id: this.selected }, { selected: false });
+    if (!this.isReady) return;
+    if (this.selected) map.setFeatureState({ source: "results", id: this.selected }, { selected: false });
     this.selected = result?.chip_id ?? null;
     if (map.getLayer("heatmap")) map.removeLayer("heatmap");
     if (map.getSource("heatmap")) map.removeSource("heatmap");
@@ -165,7 +170,7 @@ export class MapView {
   }
 
   hover(chip) {
-    if (chip === this.hovered) return;
+    if (chip === this.hovered || !this.isReady) return;
     if (this.hovered) this.map.setFeatureState({ source: "results", id: this.hovered }, { hover: false });
     if (chip) this.map.setFeatureState({ source: "results", id: chip }, { hover: true });
     this.hovered = chip;
@@ -215,6 +220,6 @@ export class MapView {
 
   showArea(bbox) {
     const features = bbox ? [polygon(boxCorners(bbox), {})] : [];
-    this.map.getSource("area")?.setData({ type: "FeatureCollection", features });
+    this.map.getSource("area")?.setData(collection(features));
   }
 }

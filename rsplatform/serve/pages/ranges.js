@@ -12,6 +12,12 @@ class Range {
   constructor(root, onChange) {
     this.root = root;
     this.asked = [null, null];
+    this.last = 0;
+    this.clear = root.querySelector(".clear");
+    this.clear.addEventListener("click", () => {
+      this.ask([null, null]);
+      onChange();
+    });
     this.handles = [...root.querySelectorAll("input")];
     this.handles.forEach((handle, side) => {
       handle.addEventListener("input", () => this.moved(side));
@@ -19,11 +25,11 @@ class Range {
     });
   }
 
-  // `last` is the last position; both sides of the track start open.
+  // `last` is the last position, 0 where there is nothing to choose from; both sides of the track start open.
   span(last) {
-    this.last = last;
-    for (const handle of this.handles) handle.max = last;
-    this.root.hidden = last <= 0;
+    this.last = Math.max(0, last);
+    for (const handle of this.handles) handle.max = this.last;
+    this.root.querySelector(".track").hidden = this.last === 0;
     this.show();
   }
 
@@ -37,12 +43,13 @@ class Range {
 
   ask(values) {
     this.asked = values;
-    if (this.last !== undefined) this.show();
+    this.show();
   }
 
   show() {
     this.asked.forEach((value, side) => {
-      const position = value === null ? (side ? this.last : 0) : this.positionOf(value);
+      const isOpen = value === null || this.last === 0;
+      const position = isOpen ? (side ? this.last : 0) : this.positionOf(value);
       this.handles[side].value = Math.max(0, Math.min(this.last, position));
     });
     this.describe();
@@ -52,6 +59,8 @@ class Range {
     const [low, high] = this.handles.map((handle) => Number(handle.value));
     const words = this.asked.map((value, side) => (value === null ? null : this.words(value)));
     const any = words.every((each) => each === null);
+    this.clear.hidden = any;
+    this.root.hidden = any && this.last === 0; // what a link asks for can be cleared also where it fits nothing served
     this.root.querySelector("output").textContent = any ? "any" : words.map((each, side) => each ?? this.constructor.ends[side]).join(" – ");
     this.handles.forEach((handle, side) => handle.setAttribute("aria-valuetext", words[side] ?? "open"));
     this.root.style.setProperty("--low", `${(100 * low) / (this.last || 1)}%`);
@@ -91,7 +100,7 @@ export class GsdRange extends Range {
 
   limit(range) {
     this.range = range;
-    this.span(range && range[1] > range[0] * 1.001 ? GSD_STEPS : 0);
+    this.span(range && range[0] > 0 && range[1] > range[0] * 1.001 ? GSD_STEPS : 0);
   }
 
   // Logarithmic: from drones to satellites it is three orders of magnitude.

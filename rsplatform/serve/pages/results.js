@@ -52,16 +52,20 @@ export function showResults(list, results, actions) {
   list.replaceChildren(...results.map((result, index) => card(result, index, actions)));
 }
 
-// Marks the chosen card and lays its heatmap over the thumbnail.
+// A question by picture has no heatmap that could be asked for again by an address; its peak is known.
+const NO_HEATMAP = "The ring marks the best spot. For a heatmap ask in words, or for “More like this”.";
+
+// Marks the chosen card and lays its heatmap over the thumbnail, or says why there is none.
 export function selectCard(list, result) {
   for (const item of list.children) {
     const isChosen = item.dataset.chip === result?.chip_id;
     item.classList.toggle("selected", isChosen);
     item.querySelector(".open").setAttribute("aria-current", String(isChosen));
-    item.querySelector(".heat")?.remove();
+    for (const node of item.querySelectorAll(".heat, .note")) node.remove();
     if (!isChosen) continue;
     item.scrollIntoView({ block: "nearest" });
     if (result.heatmap_url) item.querySelector(".thumb").append(picture("heat", result.heatmap_url));
+    else if (result.spot) item.querySelector(".more").before(element("p", "note muted", NO_HEATMAP));
   }
 }
 
@@ -69,9 +73,9 @@ export function hoverCard(list, chipId) {
   for (const item of list.children) item.classList.toggle("hover", item.dataset.chip === chipId);
 }
 
-// The chosen result at full size with its heatmap and peak, if it cannot lie on the map.
-export function showFigure(figure, result) {
-  figure.hidden = !result || Boolean(result.bounds_lonlat);
+// The chosen result at full size with its heatmap and peak, if it cannot lie on the map, or no map is there.
+export function showFigure(figure, result, noMap = false) {
+  figure.hidden = !result || (Boolean(result.bounds_lonlat) && !noMap);
   figure.replaceChildren();
   if (figure.hidden) return;
   const view = element("div", "view");
@@ -82,5 +86,6 @@ export function showFigure(figure, result) {
     [peak.style.top, peak.style.left] = result.spot.peak_fraction.map((part) => `${100 * part}%`);
     view.append(peak);
   }
-  figure.append(view, element("figcaption", "muted", `${result.chip_id} · no place on the map`));
+  const place = result.bounds_lonlat ? "" : " · no place on the map";
+  figure.append(view, element("figcaption", "muted", `${result.chip_id}${place}`));
 }
