@@ -52,8 +52,9 @@ class LocalizeConfig(StageConfig):
 
     `window` is smooth attention's in patches. Maps lie in the UTM zone of a scene's centre, at multiples of their
     pixel, so that parts and reprojected copies of a scene get the same ones; `maps_crs` names one CRS for all scenes,
-    for those that meet across zones. Maps of further `scales` are averaged with the first, and of patches moved to
-    `phases` places along each axis, which makes them steadier for `phases`² times the work.
+    for those that meet across zones. Maps of further `scales` are averaged with the first (a scene without CRS has but
+    one resolution, and is dropped if they name another), and of patches moved to `phases` places along each axis, which
+    makes them steadier for `phases`² times the work.
 
     Of the objects, regions below `min_area_m2` are left out and holes up to `max_hole_m2` filled; the mask shows what
     each pixel was decided to be. `guided_filter` sharpens the maps at the picture's edges; `calibration` asks of each

@@ -35,7 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     return Cluster(root=str(root), data_root=str(root))
 
 
-def write_scene(path: Path, image_HWC: np.ndarray, transform: Affine, crs: str = "EPSG:32632") -> None:
+def write_scene(path: Path, image_HWC: np.ndarray, transform: Affine, crs: str | None = "EPSG:32632") -> None:
     path.parent.mkdir(exist_ok=True)
     height, width, count = image_HWC.shape
     profile = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": "uint8", "nodata": 0}
@@ -120,6 +120,20 @@ def test_a_scene_too_large_for_one_grid_is_a_drop_with_a_remedy(cluster: Cluster
     (drop,) = read_drops(artifact).to_pylist()
     assert (drop["id"], drop["reason"]) == ("large/world.tif", "unusable_crs")
     assert "name a `maps_crs` that fits it" in drop["detail"]
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_scene_without_scale_is_a_drop_where_other_scales_are_asked_for(cluster: Cluster) -> None:
+    image_HWC = np.random.default_rng(4).integers(1, 255, (60, 70, 3), dtype=np.uint8)
+    write_scene(Path(cluster.root) / "nowhere" / "a.tif", image_HWC, PLACE)
+    write_scene(Path(cluster.root) / "nowhere" / "b.tif", image_HWC, Affine.identity(), crs=None)
+    source = {"path": "nowhere"}
+    half = localized(cluster, "nowhere_half", scenes=source, scales=[{"relative_resolution": 0.5}])
+    (drop,) = read_drops(half).to_pylist()
+    assert (drop["id"], drop["reason"]) == ("nowhere/b.tif", "no_crs")
+    assert "`scales` asks for relative_resolution 0.5; set a CRS with gdal_edit.py" in drop["detail"]
+    windows = localized(cluster, "nowhere_windows", scenes=source, scales=[{"window": 5}])
+    assert not read_drops(windows).to_pylist(), "windows need no scale"
 
 
 def test_whoever_watches_sees_how_far_each_step_is(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
