@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 from pyproj.exceptions import CRSError
 
-from rsplatform.config import Config, ModelArtifact, StageConfig
+from rsplatform.config import Config, ModelArtifact, StageConfig, Text
 from rsplatform.geo import CrsError, to_lonlat
 from rsplatform.localize.calibrate import Calibration
 from rsplatform.localize.decide import NO_DATA
@@ -18,12 +18,6 @@ MAX_CLASSES = NO_DATA - 1
 MAX_PROMPTS = 1000  # a score COG has a band for each
 
 
-def _says_something(text: str) -> str:
-    if not text.strip():
-        raise ValueError("an empty text asks for nothing; write one such as 'an aerial image of a harbour'")
-    return text
-
-
 def _names_a_crs(text: str) -> str:
     try:
         to_lonlat(text)
@@ -33,7 +27,6 @@ def _names_a_crs(text: str) -> str:
 
 
 MapsCrs = Annotated[str, AfterValidator(_names_a_crs)]
-Text = Annotated[str, AfterValidator(_says_something)]
 
 
 class Sought(Config):

@@ -10,6 +10,7 @@ import tiny_service
 import torch
 
 from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError, validate
 from rsplatform.localize.lesson import (
     Lesson,
     LessonConfig,
@@ -104,6 +105,12 @@ def test_what_no_caption_names_is_not_labelled_unless_it_is_novel(cluster: Clust
         assert not set(labels[picture].unique().tolist()) - {-1} - set(possible[picture].nonzero().flatten().tolist())
     with pytest.raises(ValueError, match="possible_BC"):
         teach(embedder, pictures, texts, rule, 3, possible[:, :2])
+
+
+def test_background_prompts_without_words_are_refused() -> None:
+    values = lesson_config().model_dump() | {"background_prompts": ["a field", " "]}
+    with pytest.raises(ConfigError, match=r"r\.yaml: background_prompts\.1: .*an empty text asks for nothing"):
+        validate(LessonConfig, values, "r.yaml")
 
 
 def test_views_are_made_where_the_model_is(cluster: Cluster) -> None:
