@@ -4,8 +4,9 @@ In: nothing. Out: a line per measurement. `pooling`: time ratio to unfold and la
 much any pooling could gain, since both ways need the head; once under our setting of float32 products, and with the
 unfold as Python starts it, which is what others would run. `encoder`: what smooth attention adds to a ViT-L/14 on one
 1022-px picture. `tiles`: seconds of a ViT-B/16 per 1024-px tile, pixels to classes, in one native pass and in windows
-of 224 px at stride 112. Ways are timed in turn in the same run. CPU seconds of one thread hardly depend on what else a
-machine does, wall seconds do. Weights are random: the time does not depend on them.
+of 224 px at stride 112. Everything runs once before it is timed. Ways are timed in turn, medians of `--repeats`; the
+encoders of `encoder` and `tiles`, whose runs are long, are timed once. CPU seconds of one thread hardly depend on what
+else a machine does, wall seconds do. Weights are random: the time does not depend on them.
 Run: `python benchmarks/localize.py --threads 1`
 """
 
@@ -132,7 +133,7 @@ def encoder(arguments: argparse.Namespace) -> None:
     images_BCHW = torch.rand(1, 3, arguments.grid * 14, arguments.grid * 14, device=device)
     texts_CE = F.normalize(torch.randn(arguments.texts, config.embedding_width, device=device), dim=-1)
     tower = VisionEncoder(config.vision, config.embedding_width).eval().to(device)
-    _, encoder_s = timed(partial(tower.patch_features, images_BCHW), device)
+    (encoder_s,) = paired_seconds([partial(tower.patch_features, images_BCHW)], 1, device)
     print(f"ViT-L/14 on {images_BCHW.shape[-1]} px: {_shown(encoder_s)}")
     for kind in ("mean", "map"):
         # with one block, since blocks change the values but not the time of what follows
@@ -178,7 +179,8 @@ def tiles(arguments: argparse.Namespace) -> None:
     }
     print(f"ViT-B/16, {side}-px tile, pixels to classes of {arguments.texts} texts")
     for name, tiling in protocols.items():
-        print(f"  {name}: {_shown(timed(partial(labels, tiling), device)[1])}", flush=True)
+        (tile_s,) = paired_seconds([partial(labels, tiling)], 1, device)
+        print(f"  {name}: {_shown(tile_s)}", flush=True)
     print(f"  {PUBLISHED}")
 
 

@@ -7,7 +7,7 @@ name the key and the nearest valid one. Nothing here touches data.
 import difflib
 import os
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
@@ -52,6 +52,14 @@ class TemplateMarker:
     """
 
 
+def _says_something(text: str) -> str:
+    if not text.strip():
+        raise ValueError("an empty text asks for nothing; write one such as 'an aerial image of a harbour'")
+    return text
+
+
+# What a model is asked for in words.
+Text = Annotated[str, AfterValidator(_says_something)]
 # "kind/name/version": the address of an artifact that a person chose.
 ArtifactRef = Annotated[str, StringConstraints(pattern=r"^[a-z_]+/[\w.-]+/[\w.-]+$")]
 InputArtifact = Annotated[ArtifactRef, InputMarker(is_artifact=True)]
@@ -285,15 +293,3 @@ def _element_marker(annotation: Any) -> InputMarker | None:
             if isinstance(item, InputMarker):
                 return item
     return None
-
-
-def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as dotted keys (phases.0.steps), as in the overrides of the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
-        if isinstance(inner, Mapping) and inner:
-            flat |= flatten(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

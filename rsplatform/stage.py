@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from rsplatform import artifacts, lease, provenance, raw_inputs, storage, tracking
 from rsplatform.artifacts import Artifact, ArtifactError, open_artifact
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError, RecipeInput, StageConfig, flatten, iter_inputs, nested_jobs
+from rsplatform.config import ConfigError, RecipeInput, StageConfig, iter_inputs, nested_jobs
+from rsplatform.dotted_keys import flatten
 from rsplatform.raw_inputs import RawInput, list_raw_inputs
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from rsplatform.config import flatten
+from rsplatform.dotted_keys import flatten
 from rsplatform.storage import is_s3
 
 LOGGER = logging.getLogger("rsplatform.tracking")

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from rsplatform.cluster import Cluster
-from rsplatform.config import Config, ConfigError, DatasetArtifact, InputPath
+from rsplatform.config import Config, ConfigError, DatasetArtifact, InputPath, Text
 from rsplatform.dataset.store import SampleStore
 from rsplatform.evaluate.classification import PROMPT
 from rsplatform.evaluate.files import bytes_of, caption_entries, label_rows, read_mask, read_picture
@@ -56,7 +56,7 @@ class Classification(Config):
     table: str = "labels.csv"
     class_names: dict[str, str] = {}
     extra_classes: list[str] = []
-    prompt: str = PROMPT
+    prompt: Text = PROMPT
     max_images: int | None = Field(default=None, ge=2)
 
     def select_files(self, names: Sequence[str]) -> list[str]:
@@ -71,7 +71,7 @@ class MaskClass(Config):
 
     name: str
     values: list[int | str] = Field(min_length=1)
-    prompts: list[str] = Field(min_length=1)
+    prompts: list[Text] = Field(min_length=1)
 
 
 class Segmentation(Config):

@@ -74,9 +74,9 @@ def positions(scene: Grid, target: TargetGrid, rows: np.ndarray, columns: np.nda
     step_x, step_y = target.grid.affine.a, target.grid.affine.e
     xs, ys = np.meshgrid(node_x * step_x, node_y * step_y)
     x, y = _transformer(target.grid.crs, scene.crs).transform(xs, ys)
-    at_column, at_row = _moved(~scene.affine, np.asarray(x), np.asarray(y))
+    x, y = (np.where(np.isfinite(places), places, np.nan) for places in (x, y))
     # a node without coordinates there lies far off
-    at_row, at_column = (np.where(np.isfinite(places), places, -1e9) for places in (at_row, at_column))
+    at_column, at_row = (np.nan_to_num(places, nan=-1e9) for places in _moved(~scene.affine, x, y))
     return share_y @ at_row @ share_x.T, share_y @ at_column @ share_x.T
 
 

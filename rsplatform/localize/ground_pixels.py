@@ -96,10 +96,12 @@ def _resampled_block(source: Source, row: int, column: int, size_px: tuple[int, 
     rows = row + (np.arange(size_px[0] * down) + 0.5) / down
     columns = column + (np.arange(size_px[1] * across) + 0.5) / across
     at_row, at_column = positions(source.grid, source.target, rows, columns)
-    first_row, end_row = _reach(at_row, source.grid.height, source.scale[0])
-    first_column, end_column = _reach(at_column, source.grid.width, source.scale[1])
-    if first_row >= end_row or first_column >= end_column:
+    inside_HW = _is_inside(at_row, source.grid.height, source.scale[0])
+    inside_HW &= _is_inside(at_column, source.grid.width, source.scale[1])
+    if not inside_HW.any():
         return np.zeros((*size_px, 4), np.uint8)
+    first_row, end_row = _reach(at_row[inside_HW], source.grid.height, source.scale[0])
+    first_column, end_column = _reach(at_column[inside_HW], source.grid.width, source.scale[1])
     height, width = end_row - first_row, end_column - first_column
     pixels_HW4 = read_window(source.layers, first_row, first_column, height, width)
     pixels_4HW = torch.from_numpy(pixels_HW4).permute(2, 0, 1).float()
@@ -108,10 +110,7 @@ def _resampled_block(source: Source, row: int, column: int, size_px: tuple[int, 
     places = [2 * (at_column - first_column) / width - 1, 2 * (at_row - first_row) / height - 1]
     places_1HW2 = torch.from_numpy(np.stack(places, axis=-1)[None]).float()
     sampled_4HW = F.grid_sample(pixels_4HW[None], places_1HW2, "bicubic", "border", align_corners=False)[0]
-    sampled_4HW *= torch.from_numpy(
-        _is_inside(at_row, source.grid.height, source.scale[0])
-        & _is_inside(at_column, source.grid.width, source.scale[1])
-    )
+    sampled_4HW *= torch.from_numpy(inside_HW)
     mean_4HW = F.avg_pool2d(sampled_4HW, (down, across))
     colours_3HW = mean_4HW[:3] * (255 / mean_4HW[3:].clamp(min=1.0))
     mean_4HW = torch.cat([colours_3HW, mean_4HW[3:]]).round().clamp(0, 255)
@@ -119,10 +118,12 @@ def _resampled_block(source: Source, row: int, column: int, size_px: tuple[int, 
 
 
 def _reach(places: np.ndarray, length: int, scale: float) -> tuple[int, int]:
-    """First and end of the scene's pixels that samples at these places along an axis need; the same if none."""
+    """First and end of the scene's pixels that samples at these places along an axis need, all of them inside.
+
+    Of those inside only: one without coordinates lies far off, and would have everything between read.
+    """
     margin = KERNEL_PX + math.ceil(scale)
-    first, end = math.floor(places.min()) - margin, math.ceil(places.max()) + margin
-    return min(max(first, 0), length), max(min(end, length), 0)
+    return max(math.floor(places.min()) - margin, 0), min(math.ceil(places.max()) + margin, length)
 
 
 def _is_inside(places: np.ndarray, length: int, scale: float) -> np.ndarray:

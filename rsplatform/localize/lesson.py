@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rsplatform.config import ChipsArtifact, ConfigError, DatasetArtifact, ModelArtifact, StageConfig
+from rsplatform.config import ChipsArtifact, ConfigError, DatasetArtifact, ModelArtifact, StageConfig, Text
 from rsplatform.dataset.holdout import Holdout
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import SAMPLES_TABLE, open_table
@@ -49,7 +49,7 @@ class LessonConfig(StageConfig):
     dataset: DatasetArtifact
     chips: ChipsArtifact
     classes: list[Sought] = Field(min_length=1)
-    background_prompts: list[str] = Field(min_length=1)
+    background_prompts: list[Text] = Field(min_length=1)
     captions_rule_out: bool = False
     steps_per_round: int = Field(default=150, ge=1)
     batch_size: int = Field(default=64, ge=2)

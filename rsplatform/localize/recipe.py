@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 from pyproj.exceptions import CRSError
 
-from rsplatform.config import Config, ModelArtifact, StageConfig
+from rsplatform.config import Config, ModelArtifact, StageConfig, Text
 from rsplatform.geo import CrsError, to_lonlat
 from rsplatform.localize.calibrate import Calibration
 from rsplatform.localize.decide import NO_DATA
@@ -18,12 +18,6 @@ MAX_CLASSES = NO_DATA - 1
 MAX_PROMPTS = 1000  # a score COG has a band for each
 
 
-def _says_something(text: str) -> str:
-    if not text.strip():
-        raise ValueError("an empty text asks for nothing; write one such as 'an aerial image of a harbour'")
-    return text
-
-
 def _names_a_crs(text: str) -> str:
     try:
         to_lonlat(text)
@@ -33,7 +27,6 @@ def _names_a_crs(text: str) -> str:
 
 
 MapsCrs = Annotated[str, AfterValidator(_names_a_crs)]
-Text = Annotated[str, AfterValidator(_says_something)]
 
 
 class Sought(Config):
@@ -52,8 +45,9 @@ class LocalizeConfig(StageConfig):
 
     `window` is smooth attention's in patches. Maps lie in the UTM zone of a scene's centre, at multiples of their
     pixel, so that parts and reprojected copies of a scene get the same ones; `maps_crs` names one CRS for all scenes,
-    for those that meet across zones. Maps of further `scales` are averaged with the first, and of patches moved to
-    `phases` places along each axis, which makes them steadier for `phases`² times the work.
+    for those that meet across zones. Maps of further `scales` are averaged with the first (a scene without CRS has but
+    one resolution, and is dropped if they name another), and of patches moved to `phases` places along each axis, which
+    makes them steadier for `phases`² times the work.
 
     Of the objects, regions below `min_area_m2` are left out and holes up to `max_hole_m2` filled; the mask shows what
     each pixel was decided to be. `guided_filter` sharpens the maps at the picture's edges; `calibration` asks of each

@@ -160,6 +160,7 @@ def _described(job: Job) -> list[SceneFile]:
     for uri, place in track(found, description="describe scenes", transient=True):
         try:
             scene = describe_scene(uri, place, source, may_lack_crs=True)
+            _check_scales(scene, job.config)
             target_grid(scene.grid, job.config.ground_sample_distance_m, job.config.maps_crs)
             files.append(SceneFile(uri, names[uri], scene))
         except SceneError as error:
@@ -167,6 +168,17 @@ def _described(job: Job) -> list[SceneFile]:
         except CrsError as error:
             files.append(SceneFile(uri, names[uri], None, SceneError("unusable_crs", f"{uri}: {error}")))
     return files
+
+
+def _check_scales(scene: Scene, config: LocalizeConfig) -> None:
+    """Raises SceneError no_crs for a scene without scale that the recipe would look at in several."""
+    other = sorted({scale.relative_resolution for scale in config.scales} - {1.0})
+    if other and not scene.grid.crs:
+        raise SceneError(
+            "no_crs",
+            f"{scene.uri}: has no CRS, so no scale, but `scales` asks for relative_resolution {other[0]:g}; set a CRS "
+            "with gdal_edit.py -a_srs, or localize it with `scales` of relative_resolution 1 alone",
+        )
 
 
 def _scored(job: Job, files: list[SceneFile]) -> list[SceneFile]:

@@ -26,7 +26,7 @@ from rsplatform import storage
 from rsplatform.config import Config, ConfigError, InputPath
 from rsplatform.geo import CrsError, Grid
 from rsplatform.records import parse_time
-from rsplatform.sources.visit import SceneError, Visit, describe_visit, to_colours, visit_from_json
+from rsplatform.sources.visit import SceneError, ValueRange, Visit, describe_visit, to_colours, visit_from_json
 
 # Only this driver opens a scene: a VRT (XML) that is named .tif would read other files and URLs of its choice.
 DRIVER = "GTiff"
@@ -41,7 +41,9 @@ class SceneSource(Config):
     `chip_ground_sample_distance_m` overrides the recipe's for scenes of another scale, `keep_without_landmark` for
     scenes that no landmarks cover; `dates` maps globs over scene ids to RFC 3339 dates, for files without one; `bands`
     are 1-based. `pattern` is a glob over the names below a folder; neither case nor the spelling of the ending (.tif,
-    .tiff) makes a difference.
+    .tiff) makes a difference. `value_range` is what becomes black and white, in values of the file: [low, high] for all
+    bands or a pair for each. Without it 8-bit files are taken as they are, and others from the 2nd to the 98th
+    percentile of each file (our default): parts of such a scene are as bright as the whole only with it.
     """
 
     path: InputPath
@@ -51,6 +53,7 @@ class SceneSource(Config):
     attribution: str = ""
     chip_ground_sample_distance_m: float | None = Field(default=None, ge=0.05, le=1000)
     keep_without_landmark: bool | None = None
+    value_range: ValueRange | None = None
 
     @field_validator("dates")
     @classmethod
@@ -133,7 +136,7 @@ def find_scene_files(source: SceneSource, resolve: Callable[[str], str]) -> list
 
 
 def describe_scene(uri: str, place: str, source: SceneSource, *, may_lack_crs: bool = False) -> Scene:
-    """Read the header of one file, and of one that is not 8-bit a sample of its pixels.
+    """Read the header of one file, and of one whose stretch is to be measured a sample of its pixels.
 
     With `may_lack_crs` a file without CRS or geotransform is a scene whose grid has an empty `crs` and whose
     coordinates are pixels (column, row).
@@ -149,7 +152,7 @@ def describe_scene(uri: str, place: str, source: SceneSource, *, may_lack_crs: b
             grid = (_unplaced(dataset) if may_lack_crs else None) or _placed(dataset)
             _check_pixels(dataset, source.bands)
             datetime = _datetime(dataset, scene_id, source.dates)
-            visit = describe_visit(dataset, place, source.bands)
+            visit = describe_visit(dataset, place, source.bands, source.value_range)
     except rasterio.errors.RasterioError as error:
         raise SceneError("unreadable", f"{place}: {error}") from error
     except (CrsError, rasterio.errors.CRSError) as error:

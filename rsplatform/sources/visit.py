@@ -1,14 +1,15 @@
 """One file of a scene: an open GeoTIFF in; how its bands become uint8 colours, and which of its pixels are data, out.
 
-8-bit files are described by their header alone. Others need a stretch, which a bounded sample gives: a close overview,
-or some blocks spread over the file. Opens nothing and knows no grid, date or chip.
+8-bit files are described by their header alone. Others need a stretch, which the recipe gives as a value range, or a
+bounded sample: a close overview, or some blocks spread over the file. Opens nothing and knows no grid, date or chip.
 Shapes: B bands, H W pixels, V valid pixels.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
@@ -19,6 +20,23 @@ SHRINK = 4
 # looked for in at most so many blocks, and further only while none has been found.
 SAMPLE_BLOCKS, MAX_BLOCKS = 64, 256
 STRETCH_PERCENTILES = (2, 98)
+
+
+def _pair_per_band(value: Any) -> Any:
+    """One pair of numbers stands for all three bands."""
+    is_one = isinstance(value, list | tuple) and len(value) == 2 and not any(isinstance(x, list | tuple) for x in value)
+    return (value, value, value) if is_one else value
+
+
+def _rises(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] >= pair[1]:
+        raise ValueError(f"[{pair[0]:g}, {pair[1]:g}] does not rise; write [low, high] in the file's own values")
+    return pair
+
+
+# (low, high) of red, green and blue in values of the file: what becomes 0 and 255.
+BandRange = Annotated[tuple[float, float], AfterValidator(_rises)]
+ValueRange = Annotated[tuple[BandRange, BandRange, BandRange], BeforeValidator(_pair_per_band)]
 
 
 class SceneError(ValueError):
@@ -42,7 +60,7 @@ class Visit:
     nodata: float | None
     alpha_band: int | None
     has_mask: bool  # a mask inside the file, which only a warp reads
-    stretch: tuple[tuple[float, float], ...] | None  # (low, high) per band → 0..255; None for uint8
+    stretch: tuple[tuple[float, float], ...] | None  # (low, high) per band → 0..255; None: uint8 as it is
 
 
 def visit_from_json(document: dict[str, Any]) -> Visit:
@@ -52,17 +70,19 @@ def visit_from_json(document: dict[str, Any]) -> Visit:
     return Visit(**document | {"bands": tuple(document["bands"]), "stretch": pairs})
 
 
-def describe_visit(dataset: Any, place: str, bands: tuple[int, ...]) -> Visit:
-    """The visit of an open rasterio dataset. Of an 8-bit file no pixel is read.
+def describe_visit(
+    dataset: Any, place: str, bands: tuple[int, ...], value_range: tuple[tuple[float, float], ...] | None = None
+) -> Visit:
+    """The visit of an open rasterio dataset. No pixel is read of an 8-bit file, or where the value range is given.
 
     Raises:
-        SceneError: reason no_data: a file of another type, all of whose pixels are nodata.
+        SceneError: reason no_data: a file whose stretch is to be measured, all of whose pixels are nodata.
     """
     alpha_bands = [index for index, colour in enumerate(dataset.colorinterp, 1) if colour == ColorInterp.alpha]
     flags = dataset.mask_flag_enums[bands[0] - 1]
     has_mask = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
-    visit = Visit(place, bands, dataset.nodata, alpha_bands[0] if alpha_bands else None, has_mask, None)
-    if all(dataset.dtypes[band - 1] == "uint8" for band in bands):
+    visit = Visit(place, bands, dataset.nodata, alpha_bands[0] if alpha_bands else None, has_mask, value_range)
+    if value_range is not None or all(dataset.dtypes[band - 1] == "uint8" for band in bands):
         return visit
     sample_BV = sample_valid(dataset, visit)
     if not sample_BV.shape[1]:

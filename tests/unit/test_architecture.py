@@ -16,6 +16,7 @@ FLOOR = {
     "records",
     "geo",
     "config",
+    "dotted_keys",
     "cluster",
     "storage",
     "refused_writes",

@@ -14,8 +14,9 @@ from mlflow.utils.validation import _validate_param_name
 from rsplatform import artifacts, storage, tracking
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import load_cluster
-from rsplatform.config import StageConfig, flatten, load_config
+from rsplatform.config import StageConfig, load_config
 from rsplatform.dataset.build import BuildDatasetConfig, source_name
+from rsplatform.dotted_keys import flatten
 from rsplatform.model.openmammut_config import config_of_layout
 from rsplatform.train.import_model import ImportModelConfig
 from rsplatform.train.launch import check_start, check_workers

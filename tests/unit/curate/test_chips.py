@@ -17,6 +17,7 @@ from rsplatform.curate import chips, cut_chips
 from rsplatform.curate.caption import ReadAndDescribe, TemplateCaptioner
 from rsplatform.curate.pipeline import run_plain
 from rsplatform.ledger import read_drops
+from rsplatform.model.preprocess import decode_image
 from rsplatform.serve.catalogue import Catalogue
 from rsplatform.sources.scenes import SceneSource, describe_scene
 
@@ -131,6 +132,29 @@ def test_a_source_decides_whether_chips_without_landmarks_stay(tmp_path: Path, r
     ]
     _, rows = cut(config_of(folder, **changes | {"scenes": kept, "output": "chips/t/v2"}), Cluster(root=root))
     assert {row["scene"] for row in rows} == {"strict"}
+
+
+def test_with_a_value_range_chips_of_a_part_are_as_bright_as_those_of_the_whole(tmp_path: Path, root: str) -> None:
+    """And the service's tiles are stretched alike, as the catalogue says."""
+    pixels = np.random.default_rng(0).integers(1, 3000, (3, 256, 256)).astype(np.uint16)
+    pixels[:, :64] += 5000
+    found = []
+    for name, top in (("whole", 0), ("part", 64)):
+        place = from_origin(500_000, 4_000_000 - 2 * top, 2, 2)
+        profile = {"driver": "GTiff", "count": 3, "height": 256 - top, "width": 256, "dtype": "uint16"}
+        (tmp_path / name).mkdir()
+        with rasterio.open(tmp_path / name / "a.tif", "w", crs="EPSG:32614", transform=place, **profile) as target:
+            target.write(pixels[:, top:])
+        source = SceneSource.model_validate({"path": str(tmp_path / name), "value_range": [0, 8000]})
+        changes = {"scenes": [source], "holdout_scenes": [], "stride_fraction": 1.0, "output": f"chips/{name}/v1"}
+        config = config_of(tmp_path, **changes)
+        scenes, _, _ = chips._scenes(config, Cluster(root=root))
+        entries = json.loads(json.dumps(chips._catalogue(config, scenes)))
+        assert Catalogue(entries, str).scenes["a"].stretch == ((0, 8000),) * 3
+        found.append([decode_image(row["image"]).mean() for row in cut(config, Cluster(root=root))[1]])
+    assert len(found[1]) == 48 and min(found[0][:8]) > 190
+    expected = 255 * pixels[:, 64:].mean() / 8000
+    assert found[1] == pytest.approx([expected] * 48, abs=3) and found[0][16:] == pytest.approx(found[1], abs=1)
 
 
 def test_a_composite_may_not_take_the_id_of_a_scene_that_stays(tmp_path: Path, root: str) -> None:

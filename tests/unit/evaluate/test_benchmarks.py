@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rsplatform.cluster import Cluster
-from rsplatform.config import ConfigError
+from rsplatform.config import ConfigError, validate
 from rsplatform.evaluate.benchmarks import (
     CaptionFolderRetrieval,
     Classification,
@@ -120,6 +120,14 @@ def test_a_picture_without_its_mask_is_named_by_the_listing_alone(cluster: Clust
 def test_unnamed_mask_values_are_ignored() -> None:
     classes = [MaskClass(name="a", values=[0, 7], prompts=["a"]), MaskClass(name="b", values=[3], prompts=["b"])]
     np.testing.assert_array_equal(encode_mask(np.array([[0, 7, 3, 9]]), classes), [[0, 0, 1, 255]])
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_prompts_without_words_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"r\.yaml: prompts\.1: .*an empty text asks for nothing; write one"):
+        validate(MaskClass, {"name": "a", "values": [1], "prompts": ["a field", text]}, "r.yaml")
+    with pytest.raises(ConfigError, match=r"r\.yaml: prompt: .*an empty text asks for nothing; write one"):
+        validate(Classification, {"name": "c", "folder": "f", "prompt": text}, "r.yaml")
 
 
 def test_spread_is_even_and_whole() -> None:

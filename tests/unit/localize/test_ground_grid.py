@@ -13,13 +13,14 @@ from rasterio.transform import Affine
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 
 from rsplatform.geo import CrsError, Grid
+from rsplatform.localize import ground_pixels
 from rsplatform.localize.decide import NO_DATA, label_pixels
-from rsplatform.localize.ground_grid import positions, target_grid
+from rsplatform.localize.ground_grid import TargetGrid, positions, target_grid
 from rsplatform.localize.ground_pixels import resampled
 from rsplatform.localize.picture import encoder, tiling
 from rsplatform.localize.scene import score_strips, upsample_strips
 from rsplatform.model.embedder import Embedder
-from rsplatform.sources.scenes import SceneSource, describe_scene
+from rsplatform.sources.scenes import Layer, SceneSource, describe_scene, read_window
 
 SIDE_PX = 256
 UTM = Affine(2.0, 0.0, 500_003.0, 0.0, -2.0, 5_500_001.0)  # not on the lines of any grid used here
@@ -227,6 +228,34 @@ def test_windows_of_a_resampled_scene_meet_without_seams(tmp_path: Path, ground_
     assert np.abs(part - whole[11:51, 23:73]).max() <= 1  # rounding of the box's corner to float32
     assert grid.ground_sample_distance_m() == pytest.approx(ground_sample_distance_m, rel=0.02)
     assert reader.read_valid is not None and reader.read_valid(0, 0, reader.height_px, reader.width_px).all()
+
+
+def test_only_what_is_needed_is_read_where_the_crs_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mollweide ends at 180 degrees, so along this scene's eastern edge there are nodes without coordinates."""
+    pixel, rows, columns = 5e-4, 3000, 120
+    image = np.empty((rows, columns, 3), np.uint8)
+    image[:] = (1 + np.arange(rows)[:, None, None] * 250 // rows).astype(np.uint8)
+    place = Affine(pixel, 0.0, 179.995 - columns * pixel, 0.0, -pixel, rows * pixel / 2)
+    path = write_scene(tmp_path / "a.tif", image, place, "EPSG:4326")
+    num_rows = []
+
+    def counted(layers: list[Layer], row: int, column: int, height: int, width: int) -> np.ndarray:
+        num_rows.append(height)
+        return read_window(layers, row, column, height, width)
+
+    monkeypatch.setattr(ground_pixels, "read_window", counted)
+    scene = describe_scene("a", str(path), SceneSource(path=str(path)))
+    reader, grid = resampled(scene, 60.0, "ESRI:54009")
+    assert reader.read_valid is not None
+    first, height = reader.height_px * 9 // 10, 40
+    at_row, _ = positions(scene.grid, TargetGrid(grid, reader.first_px), np.arange(first, first + height) + 0.5,
+                          np.arange(reader.width_px) + 0.5)  # fmt: skip
+    valid = reader.read_valid(first, 0, height, reader.width_px)
+    assert at_row.min() < -1e6 and valid[:, 40:60].all() and not valid.all()
+    assert num_rows and max(num_rows) < 1.5 * height * 60 / (pixel * 110_574) + 20
+    seen = reader.read_window(first, 0, height, reader.width_px)[..., 0]
+    expected = 1 + at_row * 250 / rows
+    assert np.abs(seen.astype(float) - expected)[valid].max() < 2
 
 
 def test_one_pixel_is_a_scene(tmp_path: Path) -> None:

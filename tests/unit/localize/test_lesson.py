@@ -10,6 +10,7 @@ import tiny_service
 import torch
 
 from rsplatform.cluster import Cluster
+from rsplatform.config import ConfigError, validate
 from rsplatform.localize.lesson import (
     Lesson,
     LessonConfig,
@@ -125,6 +126,12 @@ def test_words_beside_other_pictures_make_no_class_known(tmp_path: Path) -> None
     captions = captions_by_id(str(tmp_path), lesson_config())
     assert captions == {"chips/plain/v1-0": ["a road"]}
     assert possible_classes(CLASSES, captions, list(captions)).all()
+
+
+def test_background_prompts_without_words_are_refused() -> None:
+    values = lesson_config().model_dump() | {"background_prompts": ["a field", " "]}
+    with pytest.raises(ConfigError, match=r"r\.yaml: background_prompts\.1: .*an empty text asks for nothing"):
+        validate(LessonConfig, values, "r.yaml")
 
 
 def test_views_are_made_where_the_model_is(cluster: Cluster) -> None:

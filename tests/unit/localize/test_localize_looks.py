@@ -35,10 +35,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     return Cluster(root=str(root), data_root=str(root))
 
 
-def write_scene(path: Path, image_HWC: np.ndarray, transform: Affine, crs: str = "EPSG:32632") -> None:
+def write_scene(path: Path, image_HWC: np.ndarray, transform: Affine, crs: str | None = "EPSG:32632") -> None:
     path.parent.mkdir(exist_ok=True)
     height, width, count = image_HWC.shape
-    profile = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": "uint8", "nodata": 0}
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": count, "nodata": 0}
+    profile["dtype"] = image_HWC.dtype
     with rasterio.open(path, "w", crs=crs, transform=transform, **profile) as raster:
         raster.write(np.moveaxis(image_HWC, 2, 0))
 
@@ -122,6 +123,20 @@ def test_a_scene_too_large_for_one_grid_is_a_drop_with_a_remedy(cluster: Cluster
     assert "name a `maps_crs` that fits it" in drop["detail"]
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_scene_without_scale_is_a_drop_where_other_scales_are_asked_for(cluster: Cluster) -> None:
+    image_HWC = np.random.default_rng(4).integers(1, 255, (60, 70, 3), dtype=np.uint8)
+    write_scene(Path(cluster.root) / "nowhere" / "a.tif", image_HWC, PLACE)
+    write_scene(Path(cluster.root) / "nowhere" / "b.tif", image_HWC, Affine.identity(), crs=None)
+    source = {"path": "nowhere"}
+    half = localized(cluster, "nowhere_half", scenes=source, scales=[{"relative_resolution": 0.5}])
+    (drop,) = read_drops(half).to_pylist()
+    assert (drop["id"], drop["reason"]) == ("nowhere/b.tif", "no_crs")
+    assert "`scales` asks for relative_resolution 0.5; set a CRS with gdal_edit.py" in drop["detail"]
+    windows = localized(cluster, "nowhere_windows", scenes=source, scales=[{"window": 5}])
+    assert not read_drops(windows).to_pylist(), "windows need no scale"
+
+
 def test_whoever_watches_sees_how_far_each_step_is(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_scenes, "STRIP_PATCHES", 60)  # several strips
     seen = io.StringIO()
@@ -140,3 +155,20 @@ def test_what_is_averaged_does_not_depend_on_where_the_raster_was_cut(cluster: C
     whole, part = (scores(localized(cluster, name, scenes={"path": name}, **looks)) for name in ("long", "cut"))
     np.testing.assert_allclose(part[:, 144:], whole[:, 21 + 144 :], atol=1e-3)
     assert np.abs(part[:, :8] - whole[:, 21 : 21 + 8]).max() > 1e-3
+
+
+def test_with_a_value_range_a_part_of_a_16_bit_scene_has_the_map_of_the_whole(cluster: Cluster) -> None:
+    """Away from the cut by one tile, which is 64 px; the north of the whole is brighter than the part's land."""
+    generator = np.random.default_rng(6)
+    image_HWC = generator.integers(1, 3000, (200, 80, 3), dtype=np.uint16)
+    image_HWC[:60] += 5000
+    write_scene(Path(cluster.root) / "deep" / "a.tif", image_HWC, PLACE)
+    write_scene(Path(cluster.root) / "deep_part" / "a.tif", image_HWC[61:], PLACE @ Affine.translation(0, 61))
+    differences = []
+    for name, changes in (("measured", {}), ("ranged", {"value_range": [0, 8000]})):
+        whole, part = (
+            scores(localized(cluster, f"{path}_{name}", scenes={"path": path} | changes))
+            for path in ("deep", "deep_part")
+        )
+        differences.append(np.abs(part[:, 72:] - whole[:, 61 + 72 :]).max())
+    assert differences[1] <= 1e-3 < differences[0]

@@ -61,6 +61,56 @@ def test_uint16_is_stretched_by_percentiles_of_the_scene(tmp_path: Path) -> None
     assert np.abs(colours[:, :, 0] - expected).max() < 2
 
 
+def test_with_a_value_range_a_part_has_the_pixels_of_the_whole(tmp_path: Path) -> None:
+    whole_BHW = slope(200)
+    here, there = from_origin(500_000, 4_000_000, 2, 2), from_origin(500_060, 3_999_800, 2, 2)
+    whole = write_tiff(tmp_path / "whole.tif", whole_BHW, transform=here)
+    part = write_tiff(tmp_path / "part.tif", whole_BHW[:, 100:, 30:120], transform=there)
+    per_band = [[1000, 8000], [0, 10_000], [500, 1500]]
+    for value_range, pairs in ((None, None), ([0, 10_000], [[0, 10_000]] * 3), (per_band, per_band)):
+        found = []
+        for path in (whole, part):
+            values = {"path": str(path), "value_range": value_range}
+            scene = describe_scene(path.name, str(path), validate(SceneSource, values, "recipe.yaml"))
+            assert scene_from_json(json.loads(json.dumps(scene.to_json()))) == scene
+            found.append(read_window(open_pixels(scene), 0, 0, scene.grid.height, scene.grid.width)[..., :3])
+        whole_HW3, part_HW3 = found[0][100:, 30:120].astype(int), found[1].astype(int)
+        if pairs is None:
+            assert np.abs(part_HW3 - whole_HW3).max() > 20, "red: each file's own percentiles"
+            continue
+        np.testing.assert_array_equal(part_HW3, whole_HW3)
+        low_B, high_B = np.array(pairs).T[..., None, None]
+        expected_BHW = 255 * ((whole_BHW[:, 100:, 30:120] - low_B) / (high_B - low_B)).clip(0, 1)
+        assert np.abs(np.moveaxis(part_HW3, 2, 0) - expected_BHW).max() <= 0.51
+
+
+def test_a_value_range_is_taken_unread_and_of_8_bit_files_too(tmp_path: Path) -> None:
+    for name, dtype in (("deep", np.uint16), ("bytes", np.uint8)):
+        path = write_tiff(tmp_path / f"{name}.tif", np.full((3, 40, 40), 50, dtype))
+        with rasterio.open(path) as dataset:
+            counting = CountingDataset(dataset)
+            visit = describe_visit(counting, str(path), (1, 2, 3), ((0.0, 100.0),) * 3)
+        assert (visit.stretch, counting.num_pixels) == (((0, 100),) * 3, 0)
+        source = validate(SceneSource, {"path": str(path), "value_range": [0, 100]}, "recipe.yaml")
+        scene = describe_scene(name, str(path), source)
+        assert (read_window(open_pixels(scene), 0, 0, 40, 40)[..., :3] == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("value_range", "words"),
+    [
+        ([5, 5], r"value_range\.0: .*\[5, 5\] does not rise; write \[low, high\] in the file's own values"),
+        ([[0, 1], [2, 1], [0, 1]], r"value_range\.1: .*\[2, 1\] does not rise"),
+        ([0, float("inf")], r"value_range\.0\.1: .*finite"),
+        ([float("nan"), 1], r"value_range\.0\.0: .*finite"),
+        ([[0, 1], [0, 1]], r"missing key 'value_range\.2'"),
+    ],
+)
+def test_a_value_range_that_is_none_is_refused(value_range: list[Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml: {words}"):
+        validate(SceneSource, {"path": "a.tif", "value_range": value_range}, "recipe.yaml")
+
+
 def test_the_median_of_dates_lies_on_the_first_grid_and_ignores_nodata(tmp_path: Path) -> None:
     members = []
     for number, (value, origin) in enumerate(((50, 500_000), (90, 500_020), (100, 500_020))):
