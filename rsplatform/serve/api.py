@@ -166,8 +166,8 @@ EXAMPLE_RESULT = {
     "ground_sample_distance_m": 2.0,
     "caption": "an aerial image of a harbour and water",
     "kinds": ["harbour", "water"],
-    "thumbnail_url": "/chips/scene_01-000042.jpg",
-    "heatmap_url": "/heatmaps/scene_01-000042.png?text=harbour",
+    "thumbnail_url": "/chips/scene_01-000042.jpg?version=stable&state=0a1b2c3d4e5f",
+    "heatmap_url": "/heatmaps/scene_01-000042.png?text=harbour&version=stable&state=0a1b2c3d4e5f",
     "spot": {
         "score": 0.42,
         "peak_fraction": [0.44, 0.56],

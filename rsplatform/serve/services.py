@@ -31,7 +31,7 @@ from rsplatform.serve.pictures import Decoding, Picture, scene_picture, sent_pic
 from rsplatform.serve.predict import PredictRequest, PredictResponse, predictions
 from rsplatform.serve.query import Query, query_vector, read_query
 from rsplatform.serve.record import stage
-from rsplatform.serve.retrieval import Retrieval, heatmap_url, known_m, spot
+from rsplatform.serve.retrieval import Retrieval, known_m, spot
 from rsplatform.serve.tiles import Tiles
 from rsplatform.serve.vision import Described, LocalVisionWork, VisionWork
 
@@ -93,12 +93,13 @@ class Services:
         if request.output == "mask":
             size_px = picture.mask_size_px()
             return LocalizeResponse(masks=[text_mask(*pair, size_px, place) for pair in pairs], **answer)
+        link = self.retrieval.heatmap_url
         maps = [
             TextMap(
                 text=text,
                 scores=scores_HW.tolist(),
                 spot=spot(find_peak(scores_HW), place),
-                heatmap_url=heatmap_url(request.chip_id, self.version, text) if request.chip_id else None,
+                heatmap_url=link(request.chip_id, self.version, text) if request.chip_id else None,
             )
             for text, scores_HW in pairs
         ]
