@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
+from tiny_service import CHIPS, INDEX, MODEL, tiny_cluster
 
 from rsplatform.serve.admission import Admission, RateLimit
+from rsplatform.serve.deployment import ServeConfig, served_by
 from rsplatform.serve.guard import Guard, Guarded
 from rsplatform.serve.record import RequestRecord, access_line, request_id, stage
 
@@ -102,6 +104,26 @@ def test_each_key_has_its_own_rate() -> None:
         return [answer.status_code for answer in answers]
 
     assert asyncio.run(run()) == [200, 200, 429, 200, 401]
+
+
+def test_tiles_and_chips_cost_a_tenth_of_what_asks_the_model() -> None:
+    async def run(path: str) -> int:
+        gate = Gate()
+        gate.opened.set()
+        guard = Guard(gate, Guarded(10, 1, HASHES, requests_per_minute=2))
+        async with client(guard) as http:
+            headers = {"authorization": f"Bearer {KEYS[0]}"}
+            return sum([(await http.get(path, headers=headers)).status_code == 200 for _ in range(30)])
+
+    counts = {path: asyncio.run(run(path)) for path in ("/tiles/a/1/2/3.png", "/chips/a.jpg", "/heatmaps/a.png")}
+    assert counts == {"/tiles/a/1/2/3.png": 20, "/chips/a.jpg": 20, "/heatmaps/a.png": 2}
+
+
+@pytest.mark.parametrize(("replicas", "most"), [({"num_replicas": 2}, 2), ({"num_replicas": 2, "max_replicas": 6}, 6)])
+def test_the_rate_holds_for_as_many_replicas_as_there_may_be(replicas: dict[str, int], most: int) -> None:
+    config = ServeConfig(output="deployment/a/v1", model=MODEL, index=INDEX, chips=CHIPS, requests_per_minute=60)
+    guard = served_by(config, tiny_cluster("/nowhere", serve=replicas)).guard
+    assert guard.requests_per_minute is not None and guard.requests_per_minute * most == pytest.approx(60)
 
 
 @given(st.lists(st.floats(0, 120), max_size=60), st.integers(1, 600))
