@@ -125,7 +125,7 @@ class Guard:
         if not self.limits.key_hashes:
             # a page elsewhere that points its own name at 127.0.0.1 must not read from this server, nor other machines
             # where someone made the proxy listen to them
-            is_own = client is None or not client[0] or is_loopback(client[0])
+            is_own = client is not None and is_loopback(client[0])
             if not is_own or not is_loopback(host_name(headers.get("host", ""))):
                 return Refusal(421, "this server has no API keys and answers only to localhost or 127.0.0.1")
             return None

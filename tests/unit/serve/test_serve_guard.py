@@ -173,14 +173,20 @@ def test_a_request_leaves_one_line_of_json_without_its_words() -> None:
 
 
 def test_without_keys_no_other_machine_is_answered_whatever_host_it_names() -> None:
-    async def run(address: str) -> int:
+    async def run(address: str | None) -> int:
         gate = Gate()
         gate.opened.set()
-        transport = httpx.ASGITransport(app=Guard(gate, Guarded(100, 1)), client=(address, 4000))
+        guard = Guard(gate, Guarded(100, 1))
+
+        async def unnamed(scope: Any, receive: Any, send: Any) -> None:
+            await guard(scope | {"client": None}, receive, send)
+
+        transport = httpx.ASGITransport(app=guard if address is not None else unnamed, client=(address or "", 4000))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
             return (await http.get("/x")).status_code
 
-    assert [asyncio.run(run(address)) for address in ("127.0.0.1", "::1", "10.0.0.7")] == [200, 200, 421]
+    assert [asyncio.run(run(address)) for address in ("127.0.0.1", "::1")] == [200, 200]
+    assert [asyncio.run(run(address)) for address in ("10.0.0.7", "", None)] == [421] * 3  # unknown is not ours
 
 
 def test_no_origin_elsewhere_may_read_an_answer() -> None:
