@@ -145,7 +145,7 @@ class SearchResult(BaseModel):
     caption: str
     kinds: list[str]
     thumbnail_url: str
-    heatmap_url: str | None = None
+    heatmap_url: str | None = Field(default=None, description="Made when it is asked for; null for an uploaded picture")
     spot: Spot | None = Field(default=None, description="Where in the chip; only with localize: true")
 
 

@@ -94,7 +94,7 @@ class Retrieval:
             caption=hit.caption,
             kinds=list(hit.kinds),
             thumbnail_url=f"/chips/{quote(hit.id, safe='')}.jpg?{urlencode(self._pins(version))}",
-            heatmap_url=self.heatmap_url(hit.id, version, text, like, without) if request.localize else None,
+            heatmap_url=self.heatmap_url(hit.id, version, text, like, without),
         )
 
     def heatmap_url(
