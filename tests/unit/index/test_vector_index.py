@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rsplatform.index.nearest import nearest
 from rsplatform.index.table import IndexMeta
-from rsplatform.index.vector_index import VectorIndex, exact_nearest, nearest_centroid, train_vector_index
+from rsplatform.index.vector_index import VectorIndex, _queries, exact_nearest, nearest_centroid, train_vector_index
 
 ROWS, WIDTH, FLOCKS = 6000, 24, 60
 
@@ -54,6 +54,17 @@ def test_the_recorded_recall_is_that_of_the_search(index: VectorIndex, vectors_N
         found.append(np.isin(truth, nearest(vectors_NE, query, 11, index.near(query, 10))[0]).mean())
     assert index.meta.recall_at_10 is not None and index.meta.recall_at_10 >= 0.98
     assert np.mean(found) >= 0.97
+
+
+def test_the_recall_is_measured_with_others_than_those_that_chose(index: VectorIndex, vectors_NE: torch.Tensor) -> None:
+    (chosen, few), measured = _queries(vectors_NE, np.eye(WIDTH, dtype=np.float32)[:20])
+    assert len(measured) == 1 and len(few[0]) == 20, "too few texts to share"
+    assert not set(chosen[1].tolist()) & set(measured[0][1].tolist())
+    assert index.meta.recall_queries == len(measured[0][1]) == 256
+    texts = flocks(seed=5)[:100].float().numpy()
+    (_, ours), (_, others) = _queries(vectors_NE, texts)
+    assert not {tuple(each) for each in ours[0].tolist()} & {tuple(each) for each in others[0].tolist()}
+    assert len(ours[0]) == len(others[0]) == 50
 
 
 def test_a_search_visits_few_rows(index: VectorIndex, vectors_NE: torch.Tensor) -> None:
