@@ -1,7 +1,8 @@
 """What goes wrong while many search: a replica killed, one hung, the index swapped, too much asked, poisoned pictures.
 
 In: a finished demo and a second index over the same chips. Out: for each fault how many requests failed (reads are
-sent once more), how long until all replicas ran again, the longest time without an answer, and memory.
+sent once more), how long until all replicas ran again, the longest time without an answer, and memory; and for each bar
+whether it holds. It ends with 1 if one does not.
 Two replicas of each kind; every fault has a run of its own, on one server after the other.
 Run: `python benchmarks/serve_faults.py --root artifacts --other-index index/demo/v2 [--clients 32] [--seconds 60]`
 """
@@ -9,6 +10,7 @@ Run: `python benchmarks/serve_faults.py --root artifacts --other-index index/dem
 import argparse
 import asyncio
 import base64
+import math
 import os
 import signal
 import time
@@ -20,12 +22,13 @@ import httpx
 import numpy as np
 import psutil
 from ray import serve
-from serve_load import Load, replaced, replica_pids, under_load
+from serve_load import Answer, Load, replaced, replica_pids, under_load
 
 from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster, ServePlacement
 from rsplatform.index.embed import load_embedder
 from rsplatform.index.store import ChipIndex
+from rsplatform.model.embedder import Embedder
 from rsplatform.serve.app import APPLICATION, running
 from rsplatform.serve.deployment import ServeConfig, served_by
 from rsplatform.serve.replicas import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS, build_application, picture_deployment
@@ -33,6 +36,7 @@ from rsplatform.serve.versions import STABLE
 
 TEXTS = [f"an aerial image of a {kind}" for kind in ("harbour", "stadium", "runway", "forest", "road", "field")]
 K = 20
+MOST_FAILED, REPLACED_WITHIN_S = 0.001, 30.0
 PATIENCE_S = 570
 WAIT_S = 300
 POISONED = {
@@ -50,6 +54,13 @@ class Faults:
 
     def __init__(self, base_url: str, config: ServeConfig, cluster: Cluster, arguments: argparse.Namespace) -> None:
         self.base_url, self.config, self.cluster, self.arguments = base_url, config, cluster, arguments
+        self.swapped_at = math.inf
+        self.all_hold = True
+
+    def verdict(self, bar: str, holds: bool) -> None:
+        """A line about one bar."""
+        self.all_hold &= holds
+        print(f"  {'holds' if holds else 'DOES NOT HOLD'}: {bar}", flush=True)
 
     def load(self, **body: object) -> Load:
         """Clients that ask one of the texts."""
@@ -76,14 +87,26 @@ class Faults:
             f"longest time without an answer {load.longest_gap_s():.1f} s; p50 {1e3 * p50:.0f}, p99 {1e3 * p99:.0f} ms"
         )
         print(f"{name}: {done} requests, {twice}, {failed}; {told[0]}; {times}", flush=True)
+        self.verdict(f"at most {MOST_FAILED:.1%} failed", len(load.failures) <= MOST_FAILED * done)
         return load
 
-    async def kill(self, deployment: str, number: int) -> str:
-        """One replica gets a signal; the seconds until it is replaced."""
+    def kill(self, name: str, load: Load, deployment: str, number: int) -> None:
+        """A run in which one replica gets a signal."""
+        seconds: list[float] = []
+
+        async def killed(_: Load) -> str:
+            seconds.append(await self._killed(deployment, number))
+            return f"two replicas again after {seconds[0]:.1f} s"
+
+        self.run(name, load, killed)
+        self.verdict(f"two replicas again within {REPLACED_WITHIN_S:g} s", seconds[0] < REPLACED_WITHIN_S)
+
+    async def _killed(self, deployment: str, number: int) -> float:
+        """The seconds until a replica that gets a signal is replaced."""
         victim, started = min(replica_pids(deployment)), time.monotonic()
         os.kill(victim, number)
         await replaced(deployment, victim)
-        return f"two replicas again after {time.monotonic() - started:.1f} s"
+        return time.monotonic() - started
 
     async def swap(self, load: Load) -> str:
         """Deploy the other index in place."""
@@ -91,21 +114,28 @@ class Faults:
         new = self.config.model_copy(update={"index": self.arguments.other_index})
         application = build_application(served_by(new, self.cluster))
         await asyncio.to_thread(serve.run, application, name=APPLICATION, route_prefix="/")
-        return f"swapped after {time.monotonic() - started:.1f} s"
+        self.swapped_at = time.monotonic()
+        return f"swapped after {self.swapped_at - started:.1f} s"
 
     def check_swap(self, load: Load) -> None:
-        """Each answer is that of one of the two indexes, and after the first second of the new one, its."""
+        """Each answer is what one of the two indexes gives for its text; what is asked after the swap, the new one."""
         embedder = load_embedder(self.cluster.root, self.config.model)
-        expected = []
-        for ref in (self.config.index, self.arguments.other_index):
-            index = ChipIndex(Artifact(self.cluster.root, ref).uri, embedder.model_hash)
-            hits = [[hit.id for hit in index.search(embedder.embed_texts([text])[0], K)] for text in TEXTS]
-            expected.append({tuple(ids) for ids in hits})
-        found = [tuple(hit["chip_id"] for hit in answer.document["results"]) for answer in load.answers]
-        old, new = (sum(ids in each for ids in found) for each in expected)
-        both = sum(ids in expected[0] and ids in expected[1] for ids in found)
-        wrong = len(found) - old - new + both
-        print(f"  answers of the old index {old}, of the new one {new}, alike in both {both}, of neither {wrong}")
+        old, new = (
+            self._found(ChipIndex(Artifact(self.cluster.root, ref).uri, embedder.model_hash), embedder)
+            for ref in (self.config.index, self.arguments.other_index)
+        )
+        counts = answers_of(load.answers, old, new, self.swapped_at)
+        print(f"  answers as of the index {dict(counts)}")
+        alike = sum(old[text] == new[text] for text in TEXTS)
+        self.verdict(f"the indexes differ for some of {len(TEXTS)} texts ({alike} alike)", alike < len(TEXTS))
+        wrong = counts["neither"] + counts["neither, asked late"]
+        self.verdict("each answer is one index's for its own text", not wrong)
+        late = counts["new, asked late"] + counts["both, asked late"]
+        self.verdict("what was asked after the swap is the new one's", late > 0 and not counts["old, asked late"])
+
+    def _found(self, index: ChipIndex, embedder: Embedder) -> dict[str, list[str]]:
+        """What a text finds, as the service reads it."""
+        return {text: [hit.id for hit in index.search(embedder.embed_texts([text])[0], K)] for text in TEXTS}
 
     def flood(self) -> None:
         """More requests at once than may wait, each with much to do."""
@@ -134,6 +164,9 @@ class Faults:
         memory = f"replicas {before / 2**20:.0f} MB, at most {(peak - before) / 2**20:.0f} MB more"
         took = f"{time.monotonic() - started:.0f} s"
         print(f"overload: {number} at once, {statuses}, {told} with Retry-After, {took}; {memory}", flush=True)
+        refused = statuses.get(503, 0)
+        are_known = set(statuses) <= {200, 503} and refused == told
+        self.verdict("answered, or refused with Retry-After", are_known)
 
     def poison(self) -> None:
         """Pictures that are none, everywhere where one is taken."""
@@ -148,6 +181,21 @@ class Faults:
                 found.update([http.post("/v1/embed", json={"images": [encoded]}).status_code])
             is_well = http.get("/health").status_code == 200
         print(f"poisoned pictures: {dict(found)}; healthy afterwards: {is_well}", flush=True)
+        self.verdict("all 4xx, and healthy", is_well and all(400 <= status < 500 for status in found))
+
+
+def answers_of(
+    answers: list[Answer], old: dict[str, list[str]], new: dict[str, list[str]], swapped_at: float
+) -> Counter[str]:
+    """How many answers are what the old, the new, both or neither index finds for their own text, and asked when."""
+    counts: Counter[str] = Counter()
+    for answer in answers:
+        text = answer.document["read_as"]["wanted"][0]
+        ids = [hit["chip_id"] for hit in answer.document["results"]]
+        of = (ids == old[text]) + 2 * (ids == new[text])
+        is_late = answer.at - answer.seconds > swapped_at
+        counts[f"{('neither', 'old', 'new', 'both')[of]}{', asked late' if is_late else ''}"] += 1
+    return counts
 
 
 def parse() -> argparse.Namespace:
@@ -176,12 +224,13 @@ def main() -> None:
     with running(served_by(config, cluster)) as base_url:
         faults = Faults(base_url, config, cluster, arguments)
         faults.poison()
-        faults.run("killed, gateway", faults.load(), lambda _: faults.kill("gateway", signal.SIGKILL))
+        faults.kill("killed, gateway", faults.load(), "gateway", signal.SIGKILL)
         few = {"k": 3, "localize": True}
-        faults.run("killed, pictures", faults.load(**few), lambda _: faults.kill(pictures, signal.SIGKILL))
-        faults.run("hung, gateway", faults.load(), lambda _: faults.kill("gateway", signal.SIGSTOP))
+        faults.kill("killed, pictures", faults.load(**few), pictures, signal.SIGKILL)
+        faults.kill("hung, gateway", faults.load(), "gateway", signal.SIGSTOP)
         faults.check_swap(faults.run("index swapped", faults.load(), faults.swap))
         faults.flood()
+    raise SystemExit(0 if faults.all_hold else 1)
 
 
 if __name__ == "__main__":

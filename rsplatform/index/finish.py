@@ -12,7 +12,7 @@ from rsplatform.storage import write_json
 
 # Comparing so many vectors of 512 takes 15 to 20 ms on one core; above it lists are trained (our default).
 EXACT_BELOW_ROWS = 50_000
-TEXT_QUERIES = 128
+TEXT_QUERIES = 256
 
 EmbedTexts = Callable[[Sequence[str]], np.ndarray]
 

@@ -40,8 +40,9 @@ TOUCHED_FRACTION = 0.5
 class IndexMeta:
     """What meta.json holds, and the manifest's `index_…` metrics.
 
-    `recall_at_10` is that of the search that is used against the exact one, over `recall_queries` queries; None where
-    the search is exact. Of `num_partitions` lists a search visits `num_probes`, and compares their rows exactly.
+    `recall_at_10` is that of the search that is used against the exact one, over `recall_queries` queries other than
+    those that chose its parameters; None where the search is exact. Of `num_partitions` lists a search visits
+    `num_probes`, and compares their rows exactly.
     """
 
     model_hash: str

@@ -26,8 +26,10 @@ TARGET_RECALL = 0.98
 # What the chosen parameter reaches on the queries that it is chosen with; others than these get the target.
 TUNED_RECALL = 0.985
 K = 10
-# Queries from the table itself; texts may stand beside them.
+# Queries from the table itself, as many to choose with as to measure with; texts may stand beside them, and are shared
+# between both where there are so many.
 OWN_QUERIES = 256
+SHARED_TEXTS = 64
 # Lists for each root of a row (FAISS's guidelines say 4 to 16; fewer are trained and assigned sooner: our default).
 LISTS_PER_ROOT = 2
 # Training: rows for each list, and rounds of k-means (the mean cosine moves by 1e-4 in the tenth at 1 M × 512).
@@ -78,15 +80,18 @@ def train_vector_index(
 ) -> IndexMeta:
     """Train lists and choose how many are visited; the meta with its parameters and their measured recall@10.
 
-    The fewest that reach TUNED_RECALL, both for the table's own vectors (each without itself) and for `texts_QE`. If
-    these hold more than half of the rows, the search stays exact and the meta says so.
+    The fewest that reach TUNED_RECALL, both for some of the table's own vectors (each without itself) and for texts of
+    `texts_QE`; the recall is measured with others. If the lists hold more than half of the rows, the search stays exact
+    and the meta says so.
     """
     use_onednn_products()
     centroids_CE = train_centroids(vectors_NE, default_lists(meta.num_rows))
     list_of_row = nearest_centroid(vectors_NE, centroids_CE)
-    groups = _queries(vectors_NE, texts_QE)
-    ranks = [_ranks_of_truth(vectors_NE, *group, centroids_CE, list_of_row) for group in groups]
-    probes = max(_fewest_lists(each) for each in ranks)
+    choosing, measuring = (
+        [_ranks_of_truth(vectors_NE, *group, centroids_CE, list_of_row) for group in groups]
+        for groups in _queries(vectors_NE, texts_QE)
+    )
+    probes = max(_fewest_lists(each) for each in choosing)
     if probes > LARGEST_VISITED * len(centroids_CE):
         return replace(meta, target_recall=TARGET_RECALL)
     stored = io.BytesIO()
@@ -98,8 +103,8 @@ def train_vector_index(
         num_partitions=len(centroids_CE),
         num_probes=probes,
         target_recall=TARGET_RECALL,
-        recall_at_10=min(float((each < probes).mean()) for each in ranks),
-        recall_queries=sum(len(each) for each in ranks),
+        recall_at_10=min(float((each < probes).mean()) for each in measuring),
+        recall_queries=sum(len(each) for each in measuring),
     )
 
 
@@ -138,13 +143,20 @@ def _best(vectors_NE: torch.Tensor, centroids_CE: torch.Tensor) -> tuple[torch.T
 Group = tuple[torch.Tensor, torch.Tensor]  # queries (Q, E) and, for each, the row that is no answer to it (-1: none)
 
 
-def _queries(vectors_NE: torch.Tensor, texts_QE: np.ndarray | None) -> list[Group]:
-    own = torch.from_numpy(np.unique(np.linspace(0, len(vectors_NE) - 1, OWN_QUERIES).astype(int)))
-    groups = [(vectors_NE[own].float(), own)]
+def _queries(vectors_NE: torch.Tensor, texts_QE: np.ndarray | None) -> tuple[list[Group], list[Group]]:
+    """Queries that choose the parameters, and others that measure what these reach."""
+    rows = torch.from_numpy(np.unique(np.linspace(0, len(vectors_NE) - 1, 2 * OWN_QUERIES).astype(int)))
+    choosing, measuring = ([(vectors_NE[own].float(), own)] for own in (rows[::2], rows[1::2]))
     if texts_QE is not None and len(texts_QE):
         texts = torch.from_numpy(texts_QE.astype(np.float32))
-        groups.append((texts, torch.full((len(texts),), -1)))
-    return groups
+        are_shared = len(texts) >= SHARED_TEXTS
+        choosing.append(_no_rows(texts[::2] if are_shared else texts))
+        measuring += [_no_rows(texts[1::2])] if are_shared else []
+    return choosing, measuring
+
+
+def _no_rows(queries_QE: torch.Tensor) -> Group:
+    return queries_QE, torch.full((len(queries_QE),), -1)
 
 
 def _ranks_of_truth(

@@ -21,14 +21,14 @@ class RateLimit:
         self._now = now
         self._left: dict[str, tuple[float, float]] = {}  # tokens, and when they were counted
 
-    def wait_s(self, key: str) -> int:
-        """Take one token: 0, or the whole seconds until there is one."""
+    def wait_s(self, key: str, cost: float = 1) -> int:
+        """Take `cost` tokens (at most 1): 0, or the whole seconds until there are so many."""
         now = self._now()
         left, counted = self._left.get(key, (self._capacity, now))
         left = min(self._capacity, left + (now - counted) * self._per_second)
-        taken = left > 1 - 1e-6  # sums of floats: the promised wait must be enough
-        self._left[key] = (left - 1 if taken else left, now)
-        return 0 if taken else max(1, math.ceil((1 - left) / self._per_second))
+        taken = left > cost - 1e-6  # sums of floats: the promised wait must be enough
+        self._left[key] = (left - cost if taken else left, now)
+        return 0 if taken else max(1, math.ceil((cost - left) / self._per_second))
 
 
 class Admission:

@@ -145,7 +145,7 @@ class SearchResult(BaseModel):
     caption: str
     kinds: list[str]
     thumbnail_url: str
-    heatmap_url: str | None = None
+    heatmap_url: str | None = Field(default=None, description="Made when it is asked for; null for an uploaded picture")
     spot: Spot | None = Field(default=None, description="Where in the chip; only with localize: true")
 
 
@@ -166,8 +166,8 @@ EXAMPLE_RESULT = {
     "ground_sample_distance_m": 2.0,
     "caption": "an aerial image of a harbour and water",
     "kinds": ["harbour", "water"],
-    "thumbnail_url": "/chips/scene_01-000042.jpg",
-    "heatmap_url": "/heatmaps/scene_01-000042.png?text=harbour",
+    "thumbnail_url": "/chips/scene_01-000042.jpg?version=stable&state=0a1b2c3d4e5f",
+    "heatmap_url": "/heatmaps/scene_01-000042.png?text=harbour&version=stable&state=0a1b2c3d4e5f",
     "spot": {
         "score": 0.42,
         "peak_fraction": [0.44, 0.56],

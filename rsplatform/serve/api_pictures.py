@@ -84,7 +84,7 @@ EXAMPLE_LOCALIZED = {
             "text": "a runway",
             "scores": [[0.11, 0.42], [0.09, 0.13]],
             "spot": {"score": 0.42, "peak_fraction": [0.25, 0.75], "box_fraction": [0.0, 0.5, 0.5, 1.0]},
-            "heatmap_url": "/heatmaps/scene_01-000042.png?text=a+runway",
+            "heatmap_url": "/heatmaps/scene_01-000042.png?text=a+runway&version=stable&state=0a1b2c3d4e5f",
         }
     ],
     "corners_lonlat": [[9.97, 53.54], [9.98, 53.54], [9.98, 53.53], [9.97, 53.53]],

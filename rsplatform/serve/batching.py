@@ -7,7 +7,7 @@ the wait its batches stay small, and without load every request pays for the wai
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -65,3 +65,8 @@ class Batcher(Generic[Item, Result]):
         for (_, future), result in zip(batch, results, strict=True):
             if not future.done():
                 future.set_result(result)
+
+
+def parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Of a large request, what is worked on before others get their turn."""
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -12,8 +12,11 @@ from PIL import Image
 
 from rsplatform.index.pictures import Pictures
 from rsplatform.index.store import Hit
-from rsplatform.model.preprocess import ImageError, decode_image
+from rsplatform.model.preprocess import IMAGE_FORMATS, ImageError, decode_image
 
+# Blocks of a JPEG that tell more than its pixels: a turn that browsers make and the model does not, the place of the
+# camera, names of people. "photoshop" holds IPTC.
+TOLD_BESIDE = {"exif", "xmp", "photoshop", "comment"}
 # Several times what a model sees of a picture and a screen shows of it; a camera's 24 MP would be 8 MB a card.
 MAX_SHOWN_PIXELS = 2 * 10**6
 JPEG_QUALITY = 88
@@ -46,7 +49,9 @@ class ChipPictures:
 
 
 def shown_jpeg(data: bytes) -> bytes:
-    """A picture as JPEG of at most MAX_SHOWN_PIXELS, its form kept; a small JPEG as it is.
+    """A picture as JPEG of at most MAX_SHOWN_PIXELS, its form kept; a small JPEG of nothing but pixels as it is.
+
+    Others are encoded again without EXIF, unturned: as the model and its heatmap see them.
 
     Raises:
         ImageError: no acceptable picture.
@@ -54,7 +59,7 @@ def shown_jpeg(data: bytes) -> bytes:
     picture_HWC = decode_image(data)
     height, width = picture_HWC.shape[:2]
     factor = math.sqrt(MAX_SHOWN_PIXELS / (height * width))
-    if factor >= 1 and data.startswith(b"\xff\xd8"):
+    if factor >= 1 and _is_bare_jpeg(data):
         return data
     picture = Image.fromarray(picture_HWC)
     if factor < 1:
@@ -63,3 +68,10 @@ def shown_jpeg(data: bytes) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
+
+
+def _is_bare_jpeg(data: bytes) -> bool:
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    picture = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)  # reads the header alone
+    return not TOLD_BESIDE & picture.info.keys()

@@ -44,7 +44,8 @@ class ServeConfig(StageConfig):
     """What is served, and the limits of one request. Where it listens is the cluster file's `serve`.
 
     `chips` are all those that the index was made of, one artifact or a list; none for an index of folders alone.
-    `requests_per_minute` is each API key's, all replicas together; null: no limit.
+    `requests_per_minute` is each API key's, at most so many of all replicas together, of tiles and chips ten times as
+    many; null: no limit.
     """
 
     model: ModelArtifact
@@ -104,13 +105,14 @@ def application(args: dict[str, Any]) -> Any:
 
 def served_by(config: ServeConfig, cluster: Cluster) -> Served:
     """A recipe with its placement and the API keys of the environment; the rate is shared among the replicas."""
-    per_minute = config.requests_per_minute
+    per_minute, placement = config.requests_per_minute, cluster.serve
+    most_replicas = placement.max_replicas or placement.num_replicas
     guard = Guarded(
         config.max_body_bytes,
         config.max_body_seconds,
         key_hashes(),
         max_request_seconds=config.request_timeout_s,
-        requests_per_minute=per_minute and per_minute / cluster.serve.num_replicas,
+        requests_per_minute=per_minute and per_minute / most_replicas,
     )
     canary = config.canary
     others = [ServedVersion(CANARY, canary.model, canary.index, canary.weight)] if canary else []

@@ -19,6 +19,9 @@ from rsplatform.serve.admission import RETRY_AFTER_S, Admission, RateLimit
 from rsplatform.serve.record import CURRENT, RequestRecord, log_request, request_id
 from rsplatform.serve.security import HEADERS, OPEN_PATHS, host_name, is_loopback, matching_key
 
+# A map view is dozens of tiles and a search twenty chips, each of them a read without a model: a tenth of a request.
+LIGHT_PATHS, LIGHT_COST = ("/tiles/", "/chips/"), 0.1
+
 Watch = Callable[[RequestRecord], None]
 
 
@@ -26,8 +29,8 @@ Watch = Callable[[RequestRecord], None]
 class Guarded:
     """Limits of one process. `key_hashes` are hex SHA-256 of the accepted keys, none means loopback only.
 
-    `requests_per_minute` is each key's; None: no limit, and none without keys. `max_held_bytes` are bodies of requests
-    that are being answered.
+    `requests_per_minute` is each key's, a tile or chip a tenth; None: no limit, and none without keys.
+    `max_held_bytes` are bodies of requests that are being answered.
     """
 
     max_body_bytes: int
@@ -122,7 +125,7 @@ class Guard:
         if not self.limits.key_hashes:
             # a page elsewhere that points its own name at 127.0.0.1 must not read from this server, nor other machines
             # where someone made the proxy listen to them
-            is_own = client is None or not client[0] or is_loopback(client[0])
+            is_own = client is not None and is_loopback(client[0])
             if not is_own or not is_loopback(host_name(headers.get("host", ""))):
                 return Refusal(421, "this server has no API keys and answers only to localhost or 127.0.0.1")
             return None
@@ -132,7 +135,8 @@ class Guard:
         if key is None:
             return Refusal(401, "an API key is needed: send it as `Authorization: Bearer KEY`")
         record.key = key[:8]
-        wait_s = self._rate.wait_s(key) if self._rate else 0
+        cost = LIGHT_COST if record.path.startswith(LIGHT_PATHS) else 1
+        wait_s = self._rate.wait_s(key, cost) if self._rate else 0
         return Refusal(429, "this API key asks too often; try again later", wait_s) if wait_s else None
 
     async def _read(self, receive: Receive, record: RequestRecord) -> bytearray | Refusal | None:

@@ -1,8 +1,8 @@
 """POST /predict in the closed product's form, so that its clients work unchanged (RECIPE.md, last section).
 
 `{"instances": [{"image"} | {"text"} | {"image", "texts"}], "parameters": {"batch_size"}}` → one prediction per
-instance: an embedding, or the cosines of the picture with each text. `batch_size` is accepted and bounds nothing:
-our batches are formed on the server.
+instance: an embedding, or the cosines of the picture with each text. `parameters` are accepted, whatever else they
+hold, and bound nothing: our batches are formed on the server.
 """
 
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rsplatform.serve.api import MAX_IMAGES, MAX_TEXTS, ImageBase64, Request, Text
+from rsplatform.serve.api import ImageBase64, Request, Text
+
+MAX_INSTANCES = 128
+# Different ones of all instances together: each is encoded once, the same classes are asked of many pictures.
+MAX_PREDICT_TEXTS = 512
 
 
 class Instance(Request):
@@ -18,7 +22,7 @@ class Instance(Request):
 
     image: ImageBase64 | None = None
     text: Text | None = None
-    texts: list[Text] = Field(default=[], max_length=MAX_TEXTS)
+    texts: list[Text] = []
 
     @model_validator(mode="after")
     def _known_form(self) -> "Instance":
@@ -26,11 +30,15 @@ class Instance(Request):
             raise ValueError('an instance is {"image"}, {"text"} or {"image", "texts"}')
         return self
 
+    def all_texts(self) -> list[str]:
+        """Its text, or its texts."""
+        return self.texts if self.text is None else [self.text]
 
-class PredictParameters(Request):
-    """Accepted for compatibility."""
 
-    batch_size: int = Field(default=2, ge=1, le=1024)
+class PredictParameters(BaseModel):
+    """Accepted for compatibility, with keys that we do not know."""
+
+    batch_size: int | None = Field(default=None, ge=1)
 
 
 class PredictRequest(Request):
@@ -39,8 +47,18 @@ class PredictRequest(Request):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"instances": [{"text": "a stadium"}], "parameters": {"batch_size": 2}}]}
     )
-    instances: list[Instance] = Field(min_length=1, max_length=MAX_IMAGES)
-    parameters: PredictParameters = PredictParameters()
+    instances: list[Instance] = Field(min_length=1, max_length=MAX_INSTANCES)
+    parameters: PredictParameters | None = None
+
+    @model_validator(mode="after")
+    def _not_too_many_texts(self) -> "PredictRequest":
+        if (number := len(self.texts())) > MAX_PREDICT_TEXTS:
+            raise ValueError(f"instances: {number} different texts, at most {MAX_PREDICT_TEXTS} in one request")
+        return self
+
+    def texts(self) -> list[str]:
+        """The different texts of all instances."""
+        return list(dict.fromkeys(text for instance in self.instances for text in instance.all_texts()))
 
 
 class PredictResponse(BaseModel):
@@ -54,18 +72,18 @@ class PredictResponse(BaseModel):
 
 
 def predictions(
-    instances: list[Instance], image_vectors_IE: np.ndarray, text_vectors_TE: np.ndarray
+    request: PredictRequest, image_vectors_IE: np.ndarray, text_vectors_TE: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Deal out vectors, which lie in the order of `instances` (texts: its text, else its texts)."""
-    images, texts = iter(image_vectors_IE), iter(text_vectors_TE)
+    """Deal out vectors: of the pictures in the order of the instances, and of the request's `texts()`."""
+    images, vector_of = iter(image_vectors_IE), dict(zip(request.texts(), text_vectors_TE, strict=True))
     dealt: list[dict[str, Any]] = []
-    for instance in instances:
-        if instance.image is None:
-            dealt.append({"embedding": next(texts).tolist()})
+    for instance in request.instances:
+        if instance.text is not None:
+            dealt.append({"embedding": vector_of[instance.text].tolist()})
             continue
         vector = next(images)
         if instance.texts:
-            dealt.append({"scores": [float(vector @ next(texts)) for _ in instance.texts]})
+            dealt.append({"scores": [float(vector @ vector_of[text]) for text in instance.texts]})
         else:
             dealt.append({"embedding": vector.tolist()})
     return dealt

@@ -41,7 +41,9 @@ from rsplatform.serve.vision import MAX_PICTURE_BATCH, Described, PictureModel, 
 MAX_ONGOING_REQUESTS = 2 * MAX_TEXT_BATCH
 # No more wait than one replica works on at once: they are let in before their time is over, or refused at once.
 MAX_QUEUED_REQUESTS = MAX_ONGOING_REQUESTS
-# A replica that hangs is replaced within both together, three misses in a row.
+# A replica that dies is replaced at once, one that hangs after three misses in a row: at most about 3 × (3 + 10) s.
+# Less time would replace healthy ones: a check waits behind as many texts as a replica works on, seconds for a large
+# model on one core.
 HEALTH_CHECK_PERIOD_S = 3
 HEALTH_CHECK_TIMEOUT_S = 10
 

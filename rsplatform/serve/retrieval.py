@@ -4,6 +4,7 @@ In: an API request and its query vector. Out: hits and API results. It encodes p
 a chip the answer is, is localization.py's work.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from datetime import datetime
@@ -39,7 +40,10 @@ class Retrieval:
     ) -> None:
         chips_refs = [chips] if isinstance(chips, str) else list(chips)
         self.embedder = load_embedder(cluster.root, model_ref, device)
-        self.index = ChipIndex(open_artifact(cluster.root, index_ref).uri, self.embedder.model_hash)
+        artifact = open_artifact(cluster.root, index_ref)
+        self.index = ChipIndex(artifact.uri, self.embedder.model_hash)
+        # links carry it, so that what a browser keeps of an earlier model or index is not shown for a later one
+        self.state = hashlib.sha256(f"{self.embedder.model_hash} {artifact.fingerprint()}".encode()).hexdigest()[:12]
         unnamed = sorted(self.index.chips_refs() - set(chips_refs))
         if unnamed:
             raise ConfigError(
@@ -89,9 +93,21 @@ class Retrieval:
             ground_sample_distance_m=None if math.isnan(known_m(hit)) else known_m(hit),
             caption=hit.caption,
             kinds=list(hit.kinds),
-            thumbnail_url=f"/chips/{quote(hit.id, safe='')}.jpg",
-            heatmap_url=heatmap_url(hit.id, version, text, like, without) if request.localize else None,
+            thumbnail_url=f"/chips/{quote(hit.id, safe='')}.jpg?{urlencode(self._pins(version))}",
+            heatmap_url=self.heatmap_url(hit.id, version, text, like, without),
         )
+
+    def heatmap_url(
+        self, chip_id: str, version: str, text: str | None, like: str | None = None, without: Sequence[str] = ()
+    ) -> str | None:
+        """Path of a chip's heatmap for a text or for likeness to another chip; None for an uploaded picture."""
+        query = [("text", text)] if text else [("like", like)] if like else []
+        query += [*(("without", each) for each in without), *self._pins(version)]
+        return f"/heatmaps/{quote(chip_id, safe='')}.png?{urlencode(query)}" if text or like else None
+
+    def _pins(self, version: str) -> list[tuple[str, str]]:
+        """What of a link says by whom it is to be answered, and from what."""
+        return [("version", version), ("state", self.state)]
 
     @cached_property
     def stats(self) -> dict[str, Any]:
@@ -131,12 +147,3 @@ def spot(peak: Peak, place: Place | None) -> Spot:
         peak_lonlat=place(*fractions) if place else None,
         box_lonlat=box(place, peak.box_fraction) if place else None,
     )
-
-
-def heatmap_url(
-    chip_id: str, version: str, text: str | None, like: str | None = None, without: Sequence[str] = ()
-) -> str | None:
-    """Path of a chip's heatmap for a text or for likeness to another chip; None for an uploaded picture."""
-    query = [("text", text)] if text else [("like", like)] if like else []
-    query += [("without", each) for each in without] + [("version", version)]
-    return f"/heatmaps/{quote(chip_id, safe='')}.png?{urlencode(query)}" if text or like else None

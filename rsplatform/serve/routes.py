@@ -63,6 +63,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 CACHED = {"cache-control": "private, max-age=3600"}
+NOT_CACHED = {"cache-control": "no-store"}
 PICTURE = {"content": {"image/png": {}, "image/jpeg": {}}, "description": "The picture"}
 
 KEYED = [Depends(HTTPBearer(scheme_name="APIKey", auto_error=False))]  # for the document: the guard has looked already
@@ -81,6 +82,13 @@ QueryChip = Annotated[str | None, Query(pattern=ID_PATTERN, description="Another
 QueryVersion = Annotated[
     str | None, Query(pattern=r"^[a-z0-9_-]{1,40}$", description="One of several versions by name; else by weight")
 ]
+QueryState = Annotated[
+    str | None,
+    Query(
+        pattern=r"^[0-9a-f]{12}$",
+        description="Model and index of the answer that the link is from; only what they still are is cached",
+    ),
+]
 
 
 def given_services(request: HttpRequest, response: Response, version: QueryVersion = None) -> Services:
@@ -88,6 +96,12 @@ def given_services(request: HttpRequest, response: Response, version: QueryVersi
     services = request.app.state.versions.choose(version, random.random())
     response.headers["x-model-version"] = services.version
     return services
+
+
+def caching(services: Services, state: str | None) -> dict[str, str]:
+    """Headers of a picture: while an index is swapped, what the other one answers must not stay under this link."""
+    kept = CACHED if state == services.retrieval.state else NOT_CACHED
+    return kept | {"x-model-version": services.version}  # FastAPI adds none to a response that a route has made
 
 
 Provided = Annotated[Services, Depends(given_services)]
@@ -159,9 +173,10 @@ def _add_queries(app: FastAPI) -> None:
 
 def _add_pictures(app: FastAPI) -> None:
     @app.get("/chips/{chip_id}.jpg", response_class=Response, responses={200: PICTURE}, dependencies=KEYED)
-    async def chip(chip_id: ChipIdInPath, services: Provided) -> Response:
+    async def chip(chip_id: ChipIdInPath, services: Provided, state: QueryState = None) -> Response:
         """The picture of a chip."""
-        return Response(await services.chip_image(chip_id), media_type="image/jpeg", headers=CACHED)
+        image = await services.chip_image(chip_id)
+        return Response(image, media_type="image/jpeg", headers=caching(services, state))
 
     @app.get("/heatmaps/{chip_id}.png", response_class=Response, responses={200: PICTURE}, dependencies=KEYED)
     async def heatmap(
@@ -170,10 +185,11 @@ def _add_pictures(app: FastAPI) -> None:
         text: QueryText = None,
         like: QueryChip = None,
         without: QueryTexts = None,
+        state: QueryState = None,
     ) -> Response:
         """Transparent overlay of where in a chip a text is, or what resembles another chip."""
         scores_HW = await services.heatmap(chip_id, text, like, without or [])
-        return Response(heatmap_png(scores_HW), media_type="image/png", headers=CACHED)
+        return Response(heatmap_png(scores_HW), media_type="image/png", headers=caching(services, state))
 
     @app.get(
         "/tiles/{scene}/{z}/{x}/{y}.{form}",

@@ -14,7 +14,7 @@ import numpy as np
 from rasterio.errors import RasterioIOError
 
 from rsplatform.index.store import Hit
-from rsplatform.serve.api import ReadAs, SearchRequest, SearchResponse, Spot
+from rsplatform.serve.api import MAX_IMAGES, ReadAs, SearchRequest, SearchResponse, Spot
 from rsplatform.serve.api_pictures import (
     CaptionRequest,
     CaptionResponse,
@@ -24,14 +24,14 @@ from rsplatform.serve.api_pictures import (
     LocalizeResponse,
     TextMap,
 )
-from rsplatform.serve.batching import Batcher
+from rsplatform.serve.batching import Batcher, parts
 from rsplatform.serve.catalogue import corners
 from rsplatform.serve.localization import Look, find_peak, regions_geojson
 from rsplatform.serve.pictures import Decoding, Picture, scene_picture, sent_picture, text_mask
 from rsplatform.serve.predict import PredictRequest, PredictResponse, predictions
 from rsplatform.serve.query import Query, query_vector, read_query
 from rsplatform.serve.record import stage
-from rsplatform.serve.retrieval import Retrieval, heatmap_url, known_m, spot
+from rsplatform.serve.retrieval import Retrieval, known_m, spot
 from rsplatform.serve.tiles import Tiles
 from rsplatform.serve.vision import Described, LocalVisionWork, VisionWork
 
@@ -93,12 +93,13 @@ class Services:
         if request.output == "mask":
             size_px = picture.mask_size_px()
             return LocalizeResponse(masks=[text_mask(*pair, size_px, place) for pair in pairs], **answer)
+        link = self.retrieval.heatmap_url
         maps = [
             TextMap(
                 text=text,
                 scores=scores_HW.tolist(),
                 spot=spot(find_peak(scores_HW), place),
-                heatmap_url=heatmap_url(request.chip_id, self.version, text) if request.chip_id else None,
+                heatmap_url=link(request.chip_id, self.version, text) if request.chip_id else None,
             )
             for text, scores_HW in pairs
         ]
@@ -131,9 +132,8 @@ class Services:
     async def predict(self, request: PredictRequest) -> PredictResponse:
         """The closed product's form."""
         images = [item.image for item in request.instances if item.image is not None]
-        texts = [text for item in request.instances for text in ([item.text] if item.text else item.texts)]
-        images_IE, texts_TE = await self._embed_images(images), await self._encode(texts)
-        return PredictResponse(predictions=predictions(request.instances, images_IE, texts_TE))
+        images_IE, texts_TE = await self._embed_images(images), await self._encode(request.texts())
+        return PredictResponse(predictions=predictions(request, images_IE, texts_TE))
 
     async def chip_image(self, chip_id: str) -> bytes:
         """JPEG of a chip."""
@@ -204,14 +204,21 @@ class Services:
             return await self.vision.maps(looks)
 
     async def _encode(self, texts: Sequence[str]) -> np.ndarray:
-        width = self.retrieval.index.meta.embedding_width
+        vectors: list[np.ndarray] = []
         with stage("encode_text"):
-            vectors = await asyncio.gather(*(self.encode_text(text) for text in texts))
-        return np.stack(vectors) if vectors else np.empty((0, width), dtype=np.float32)
+            for some in parts(texts, MAX_TEXT_BATCH):
+                vectors += await asyncio.gather(*(self.encode_text(text) for text in some))
+        return np.stack(vectors) if vectors else self._no_vectors
 
     async def _embed_images(self, images: Sequence[str]) -> np.ndarray:
-        if not images:
-            return np.empty((0, self.retrieval.index.meta.embedding_width), dtype=np.float32)
+        vectors = [await self._embed_some(some) for some in parts(images, MAX_IMAGES)]
+        return np.concatenate([self._no_vectors, *vectors])
+
+    @property
+    def _no_vectors(self) -> np.ndarray:
+        return np.empty((0, self.retrieval.index.meta.embedding_width), dtype=np.float32)
+
+    async def _embed_some(self, images: Sequence[str]) -> np.ndarray:
         try:
             with stage("decode"):
                 pixels = await self.decoding.run(lambda: [self.retrieval.picture(image) for image in images])

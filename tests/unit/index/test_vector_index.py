@@ -1,5 +1,6 @@
 """Lists of near rows: what they compare, what their recall is, how little they cost where vectors flock together."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from rsplatform.index.nearest import nearest
 from rsplatform.index.table import IndexMeta
-from rsplatform.index.vector_index import VectorIndex, exact_nearest, train_vector_index
+from rsplatform.index.vector_index import VectorIndex, _queries, exact_nearest, nearest_centroid, train_vector_index
 
 ROWS, WIDTH, FLOCKS = 6000, 24, 60
 
@@ -55,6 +56,17 @@ def test_the_recorded_recall_is_that_of_the_search(index: VectorIndex, vectors_N
     assert np.mean(found) >= 0.97
 
 
+def test_the_recall_is_measured_with_others_than_those_that_chose(index: VectorIndex, vectors_NE: torch.Tensor) -> None:
+    (chosen, few), measured = _queries(vectors_NE, np.eye(WIDTH, dtype=np.float32)[:20])
+    assert len(measured) == 1 and len(few[0]) == 20, "too few texts to share"
+    assert not set(chosen[1].tolist()) & set(measured[0][1].tolist())
+    assert index.meta.recall_queries == len(measured[0][1]) == 256
+    texts = flocks(seed=5)[:100].float().numpy()
+    (_, ours), (_, others) = _queries(vectors_NE, texts)
+    assert not {tuple(each) for each in ours[0].tolist()} & {tuple(each) for each in others[0].tolist()}
+    assert len(ours[0]) == len(others[0]) == 50
+
+
 def test_a_search_visits_few_rows(index: VectorIndex, vectors_NE: torch.Tensor) -> None:
     visited = [len(index.near(vector.float().numpy(), 10)) for vector in vectors_NE[::100]]
     assert np.median(visited) < ROWS / 6
@@ -81,3 +93,21 @@ def test_vectors_without_any_order_are_searched_exactly(tmp_path: Path) -> None:
     meta = IndexMeta("a" * 64, 256, 1500, 1000)
     assert train_vector_index(str(tmp_path), meta, unit, None) == replace(meta, target_recall=0.98)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_box_that_holds_twenty_of_very_many_rows_still_gives_k(tmp_path: Path) -> None:
+    """A filter so narrow that the lists near the query hold none of its rows."""
+    rows, width, lists = 200_000, 16, 900
+    unit_NE = torch.nn.functional.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    centroids_CE = unit_NE[:lists]
+    stored = io.BytesIO()
+    np.savez(stored, centroids=centroids_CE.numpy(), list_of_row=nearest_centroid(unit_NE, centroids_CE))
+    passing = np.sort(np.random.default_rng(0).choice(rows, 20, replace=False))
+    (tmp_path / "lists.npz").write_bytes(stored.getvalue())
+    index = VectorIndex(str(tmp_path), IndexMeta("a" * 64, width, rows, 1000, num_partitions=lists, num_probes=3))
+    for query in unit_NE[::10_000].numpy():
+        for k in (10, 20, 50):
+            near = index.near(query, k, passing)
+            found = nearest(unit_NE.half(), query, k, near)[0]
+            truth = nearest(unit_NE.half(), query, k, passing)[0]
+            assert len(found) == min(k, 20) and list(found) == list(truth)

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
+from tiny_service import CHIPS, INDEX, MODEL, tiny_cluster
 
 from rsplatform.serve.admission import Admission, RateLimit
+from rsplatform.serve.deployment import ServeConfig, served_by
 from rsplatform.serve.guard import Guard, Guarded
 from rsplatform.serve.record import RequestRecord, access_line, request_id, stage
 
@@ -104,6 +106,26 @@ def test_each_key_has_its_own_rate() -> None:
     assert asyncio.run(run()) == [200, 200, 429, 200, 401]
 
 
+def test_tiles_and_chips_cost_a_tenth_of_what_asks_the_model() -> None:
+    async def run(path: str) -> int:
+        gate = Gate()
+        gate.opened.set()
+        guard = Guard(gate, Guarded(10, 1, HASHES, requests_per_minute=2))
+        async with client(guard) as http:
+            headers = {"authorization": f"Bearer {KEYS[0]}"}
+            return sum([(await http.get(path, headers=headers)).status_code == 200 for _ in range(30)])
+
+    counts = {path: asyncio.run(run(path)) for path in ("/tiles/a/1/2/3.png", "/chips/a.jpg", "/heatmaps/a.png")}
+    assert counts == {"/tiles/a/1/2/3.png": 20, "/chips/a.jpg": 20, "/heatmaps/a.png": 2}
+
+
+@pytest.mark.parametrize(("replicas", "most"), [({"num_replicas": 2}, 2), ({"num_replicas": 2, "max_replicas": 6}, 6)])
+def test_the_rate_holds_for_as_many_replicas_as_there_may_be(replicas: dict[str, int], most: int) -> None:
+    config = ServeConfig(output="deployment/a/v1", model=MODEL, index=INDEX, chips=CHIPS, requests_per_minute=60)
+    guard = served_by(config, tiny_cluster("/nowhere", serve=replicas)).guard
+    assert guard.requests_per_minute is not None and guard.requests_per_minute * most == pytest.approx(60)
+
+
 @given(st.lists(st.floats(0, 120), max_size=60), st.integers(1, 600))
 def test_no_minute_holds_more_than_a_burst_and_the_rate(gaps: list[float], per_minute: int) -> None:
     clock = [0.0]
@@ -151,14 +173,20 @@ def test_a_request_leaves_one_line_of_json_without_its_words() -> None:
 
 
 def test_without_keys_no_other_machine_is_answered_whatever_host_it_names() -> None:
-    async def run(address: str) -> int:
+    async def run(address: str | None) -> int:
         gate = Gate()
         gate.opened.set()
-        transport = httpx.ASGITransport(app=Guard(gate, Guarded(100, 1)), client=(address, 4000))
+        guard = Guard(gate, Guarded(100, 1))
+
+        async def unnamed(scope: Any, receive: Any, send: Any) -> None:
+            await guard(scope | {"client": None}, receive, send)
+
+        transport = httpx.ASGITransport(app=guard if address is not None else unnamed, client=(address or "", 4000))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
             return (await http.get("/x")).status_code
 
-    assert [asyncio.run(run(address)) for address in ("127.0.0.1", "::1", "10.0.0.7")] == [200, 200, 421]
+    assert [asyncio.run(run(address)) for address in ("127.0.0.1", "::1")] == [200, 200]
+    assert [asyncio.run(run(address)) for address in ("10.0.0.7", "", None)] == [421] * 3  # unknown is not ours
 
 
 def test_no_origin_elsewhere_may_read_an_answer() -> None:

@@ -40,6 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any
         "scene": [SCENE],
         "scene_id": [SCENE],
         "like": [f"{SCENE}-0004"],
+        "state": [retrieval.state],
         "bbox": [[west, south, east, north], [west, south, (west + east) / 2, north]],
         "image": [base64.b64encode(jpeg(pixels)).decode()],
         "datetime": ["2021-01-01T00:00:00Z/.."],

@@ -27,6 +27,7 @@ def call(limits: Guarded, messages: list[Message], headers: dict[str, str] | Non
         "type": "http",
         "method": "POST",
         "path": path,
+        "client": ("127.0.0.1", 4000),
         "headers": [(k.encode(), v.encode()) for k, v in given.items()],
     }
     sent: list[Any] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from test_serve_http import post, request
 from tiny_service import CAPTIONS, CHIPS, MODEL, SCENE, finish, jpeg, make_artifacts, tiny_cluster
 
@@ -119,6 +119,21 @@ def test_a_large_picture_is_shown_small_and_a_small_one_as_it_is(place: Path) ->
     assert shown.width / shown.height == pytest.approx(4 / 3, rel=0.01)
     with pytest.raises(ImageError):
         shown_jpeg(small[:300])
+
+
+def test_a_small_jpeg_that_says_where_and_how_it_was_taken_is_shown_without() -> None:
+    pixels_HWC = noise(60, 120, 3)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    for told in ({"exif": exif}, {"xmp": b'<x tiff:Orientation="6"/>'}, {"comment": b"by me"}):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=95, **told)
+        assert set(told) & Image.open(buffer).info.keys()
+        shown = Image.open(io.BytesIO(shown_jpeg(buffer.getvalue())))
+        assert not shown.getexif() and not set(told) & shown.info.keys()
+        assert shown.size == (120, 60), "turned, where the model is not"
+        assert np.abs(np.asarray(shown).astype(int) - pixels_HWC).mean() < 12
 
 
 def test_a_picture_that_is_gone_leaves_the_other_hits(place: Path) -> None:

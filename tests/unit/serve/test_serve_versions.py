@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny_service import CHIPS, INDEX, MODEL, build_config, finish, make_all, make_model, tiny_cluster
+from tiny_service import CHIPS, INDEX, MODEL, SCENE, build_config, finish, make_all, make_model, tiny_cluster
 
 from rsplatform.artifacts import Artifact
 from rsplatform.config import ConfigError
@@ -14,6 +14,7 @@ from rsplatform.curate.pipeline import run_plain
 from rsplatform.index.build import index_pipeline
 from rsplatform.index.embed import load_embedder
 from rsplatform.index.finish import finish_index
+from rsplatform.serve.api import SearchRequest
 from rsplatform.serve.deployment import Canary, ServeConfig, served_by
 from rsplatform.serve.guard import Guarded
 from rsplatform.serve.retrieval import Retrieval
@@ -66,10 +67,35 @@ def test_an_answer_and_its_links_are_of_one_version(versions: Versions) -> None:
                 answer = await http.post("/v1/search", params={"version": name}, json=body)
                 hashes[name] = answer.json()["model_hash"]
                 assert answer.headers["x-model-version"] == name and hashes[name] == services.model_hash
-                assert all(f"version={name}" in item["heatmap_url"] for item in answer.json()["results"])
+                for item in answer.json()["results"]:
+                    for url in (item["thumbnail_url"], item["heatmap_url"]):
+                        shown = await http.get(url)
+                        assert shown.status_code == 200 and shown.headers["x-model-version"] == name
             assert hashes[STABLE] != hashes[CANARY]
             unknown = await http.post("/v1/search", params={"version": "x"}, json={"text": "a"})
             assert unknown.status_code == 404
+
+    asyncio.run(run())
+
+
+def test_a_link_is_kept_only_while_its_model_and_index_are_served(versions: Versions) -> None:
+    """The link of one version asked of the other: what a browser sees while one is swapped for the other."""
+
+    async def run() -> None:
+        apps = {name: build_app(services, Guarded(100_000, 5)) for name, services in versions.services.items()}
+        answers: dict[tuple[str, str], set[str]] = {}
+        for asked, app in apps.items():
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+                for name, services in versions.services.items():
+                    chip = services.retrieval.chip(f"{SCENE}-0003")
+                    found = services.retrieval.result(chip, SearchRequest(text="a", localize=True), asked)
+                    pictures = [await http.get(url) for url in (found.thumbnail_url, found.heatmap_url or "")]
+                    answers[asked, name] = {each.headers["cache-control"] for each in pictures}
+        assert {pair: kept == {"private, max-age=3600"} for pair, kept in answers.items()} == {
+            (asked, name): asked == name for asked in apps for name in apps
+        }
+        assert {"no-store"} in answers.values()
 
     asyncio.run(run())
 
