@@ -120,8 +120,9 @@ class Predictor:
             except (ValueError, OSError) as error:
                 drops[index] = ("no_instance", _reason(error))
         instances = [instance for _, instance, _ in asked]
-        vectors = self._embed_images([seen for _, _, seen in asked if seen]), self._embed_texts(instances)
-        for (index, _, _), answer in zip(asked, predictions(instances, *vectors), strict=True):
+        images_IE = self._embed_images([seen for _, _, seen in asked if seen])
+        dealt = predictions(instances, images_IE, self._vector_of_text(instances))
+        for (index, _, _), answer in zip(asked, dealt, strict=True):
             answers[index] = answer
         for name in ("embedding", "scores"):
             rows = replace_column(rows, name, pa.array([answer.get(name) for answer in answers], VALUES))
@@ -147,12 +148,10 @@ class Predictor:
             [each.pixels_HWC for each in seen], [each.ground_sample_distance_m for each in seen]
         )
 
-    def _embed_texts(self, instances: list[Instance]) -> np.ndarray:
-        """A vector for each text of each instance, in their order; each text goes through the model once."""
-        texts = [text for each in instances for text in ([each.text] if each.text else each.texts)]
-        once = dict.fromkeys(texts)
-        vectors = dict(zip(once, self._embedder.embed_texts(list(once)), strict=True))
-        return np.stack([vectors[text] for text in texts]) if texts else self._embedder.embed_texts([])
+    def _vector_of_text(self, instances: list[Instance]) -> dict[str, np.ndarray]:
+        """Each text goes through the model once."""
+        texts = list(dict.fromkeys(text for each in instances for text in each.all_texts()))
+        return dict(zip(texts, self._embedder.embed_texts(texts), strict=True))
 
 
 def _about_a_picture(texts: list[str]) -> Instance:

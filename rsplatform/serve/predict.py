@@ -5,6 +5,7 @@ instance: an embedding, or the cosines of the picture with each text. `parameter
 hold, and bound nothing: our batches are formed on the server.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,18 +73,18 @@ class PredictResponse(BaseModel):
 
 
 def predictions(
-    request: PredictRequest, image_vectors_IE: np.ndarray, text_vectors_TE: np.ndarray
+    instances: Sequence[Instance], image_vectors_IE: np.ndarray, vector_of_text: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Deal out vectors: of the pictures in the order of the instances, and of the request's `texts()`."""
-    images, vector_of = iter(image_vectors_IE), dict(zip(request.texts(), text_vectors_TE, strict=True))
+    """Deal out vectors: of the pictures in the order of the instances, and of each text by the text."""
+    images = iter(image_vectors_IE)
     dealt: list[dict[str, Any]] = []
-    for instance in request.instances:
+    for instance in instances:
         if instance.text is not None:
-            dealt.append({"embedding": vector_of[instance.text].tolist()})
+            dealt.append({"embedding": vector_of_text[instance.text].tolist()})
             continue
         vector = next(images)
         if instance.texts:
-            dealt.append({"scores": [float(vector @ vector_of[text]) for text in instance.texts]})
+            dealt.append({"scores": [float(vector @ vector_of_text[text]) for text in instance.texts]})
         else:
             dealt.append({"embedding": vector.tolist()})
     return dealt

@@ -131,9 +131,9 @@ class Services:
 
     async def predict(self, request: PredictRequest) -> PredictResponse:
         """The closed product's form."""
-        images = [item.image for item in request.instances if item.image is not None]
-        images_IE, texts_TE = await self._embed_images(images), await self._encode(request.texts())
-        return PredictResponse(predictions=predictions(request, images_IE, texts_TE))
+        images_IE = await self._embed_images([item.image for item in request.instances if item.image is not None])
+        vector_of_text = dict(zip(request.texts(), await self._encode(request.texts()), strict=True))
+        return PredictResponse(predictions=predictions(request.instances, images_IE, vector_of_text))
 
     async def chip_image(self, chip_id: str) -> bytes:
         """JPEG of a chip."""
