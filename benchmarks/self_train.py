@@ -51,7 +51,7 @@ def course_rows(config: SelfTrainConfig, evaluation: EvaluateConfig, cluster: Cl
     for entry in storage.read_json(made.path("rounds.json")):
         row = measure(evaluation, round_ref(config.output, entry["round"]), cluster)
         row["agreement"] = 100 * entry["held_out_agreement"]
-        rows[f"round {entry['round']}{'' if entry['kept'] else ' (rejected)'}"] = row
+        rows[f"round {entry['round']}{' (rejected)' if entry['rejected'] else ''}"] = row
     return rows
 
 

@@ -117,11 +117,12 @@ def _stopped(training: Mapping[str, Any]) -> str:
 
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
     """What each round did; a rejected one leaves the model as it was."""
-    verdicts = {True: "kept", False: "REJECTED, the model stays as it was"}
+    reasons = [entry["rejected"] for entry in rounds]
+    verdicts = [f"REJECTED ({reason}), the model stays as it was" if reason else "kept" for reason in reasons]
     lines = [
-        f"round {entry['round']} {verdicts[entry['kept']]}: agreement of views "
+        f"round {entry['round']} {verdict}: agreement of views "
         f"{100 * entry['held_out_agreement_before']:.1f} → {100 * entry['held_out_agreement']:.1f} %"
-        for entry in rounds
+        for entry, verdict in zip(rounds, verdicts, strict=True)
     ]
     return "; ".join(lines)
 

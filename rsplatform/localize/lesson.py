@@ -39,14 +39,17 @@ NO_DECAY = OptimizerConfig(weight_decay=0.0)
 class LessonConfig(StageConfig):
     """What the rounds of a course share. All numbers are our defaults: the published recipe gives none.
 
-    `dataset` feeds the original losses, `chips` the unlabelled pictures (train split only, one in ten held out to
-    measure agreement). `captions_rule_out`: a class that none of a chip's captions in `dataset` names is not in it.
-    Say so only of captions that list all that is seen, as templates over complete landmarks do. A class that no caption
-    of these chips names is novel, and never ruled out, whatever the dataset's other pictures are called.
+    `validation_split` is that of `dataset` whose mean recall a round may not lower by more than a point below the first
+    teacher's; None: recall is not measured. `dataset` feeds the original losses, `chips` the unlabelled pictures (train
+    split only, one in ten held out to measure agreement). `captions_rule_out`: a class that none of a chip's captions
+    in `dataset` names is not in it. Say so only of captions that list all that is seen, as templates over complete
+    landmarks do. A class that no caption of these chips names is novel, and never ruled out, whatever the dataset's
+    other pictures are called.
     """
 
     model: ModelArtifact
     dataset: DatasetArtifact
+    validation_split: str | None = None
     chips: ChipsArtifact
     classes: list[Sought] = Field(min_length=1)
     background_prompts: list[Text] = Field(min_length=1)

@@ -1,8 +1,9 @@
 """Front door `self_train`: a model teaches itself where things are, from unlabelled chips and the original losses.
 
 Rounds of: an EMA teacher's pseudo-labels (teacher.py) → training with the patch loss + MaMMUT's losses, so nothing
-is forgotten → agreement on held-out chips; it stops when that falls by more than chance explains. Each round is an
-artifact of its own, which other jobs can take as their model. Never reads a mask.
+is forgotten → agreement on held-out chips and, if asked for, recall on held-out samples; it stops when agreement falls
+by more than chance explains, or recall by more than a point. Each round is an artifact of its own, which other jobs can
+take as their model. Never reads a mask.
 """
 
 from collections.abc import Generator, Iterator
@@ -20,6 +21,8 @@ from rsplatform.artifacts import Artifact, open_artifact
 from rsplatform.cluster import Cluster
 from rsplatform.dataset.sampler import GlobalSampler
 from rsplatform.dataset.store import SampleStore
+from rsplatform.ledger import counts
+from rsplatform.localize.forgetting import MAX_LOSS, held_out_recall
 from rsplatform.localize.lesson import Lesson, LessonConfig, chip_pictures, give_lesson, lesson_loss
 from rsplatform.model.embedder import Embedder, driver_device
 from rsplatform.model.losses import LossConfig
@@ -40,16 +43,18 @@ CHECKPOINT_EVERY_STEPS = 100
 class SelfTrainConfig(LessonConfig):
     """Rounds of self-training; the artifact holds the model of the last round that was kept.
 
-    Round n is `output` with -round{n} behind its version, a finished artifact also where its agreement fell.
+    Round n is `output` with -round{n} behind its version, a finished artifact also where it was rejected.
     """
 
     rounds: int = Field(default=3, ge=1)
 
 
 class RoundConfig(LessonConfig):
-    """One round: `model` is its teacher, the model of the round before."""
+    """One round: `model` is its teacher, the model of the round before. `first_recall` is the mean recall of the
+    course's first teacher, None in the first round and where it is not measured."""
 
     round: int = Field(ge=1)
+    first_recall: float | None = None
 
 
 def round_ref(output: str, number: int) -> str:
@@ -65,32 +70,33 @@ def self_train(config: SelfTrainConfig, cluster: Cluster) -> Artifact:
     with open_stage(config, cluster) as stage:
         model, history = config.model, []
         for number in range(1, config.rounds + 1):
-            taught = _teach_round(_round_config(config, number, model), cluster)
+            first_recall = history[0]["mean_recall_before"] if history else None
+            taught = _teach_round(_round_config(config, number, model, first_recall), cluster)
             entry: dict[str, Any] = storage.read_json(taught.path(ROUND))
             if number == 1:
                 stage.log({"held_out_agreement": entry["held_out_agreement_before"]}, 0)
             history.append(entry)
-            stage.log({key: entry[key] for key in ("held_out_agreement", "labelled_fraction")}, number)
-            if not entry["kept"]:
+            shown = ("held_out_agreement", "labelled_fraction", "mean_recall")
+            stage.log({key: entry[key] for key in shown if entry[key] is not None}, number)
+            if entry["rejected"]:
                 break
             model = taught.ref
         with storage.local_folder(open_artifact(cluster.root, model).path("model")) as folder:
             storage.upload_folder(folder, stage.artifact.path("model"))
         storage.write_json(stage.artifact.path("rounds.json"), history)
-        kept = sum(entry["kept"] for entry in history)
-        dropped = {"agreement_fell": len(history) - kept} if kept < len(history) else {}
-        stage.counts = {"inputs": len(history), "kept": kept, "dropped": dropped}
+        reasons = [entry["rejected"] for entry in history if entry["rejected"]]
+        stage.counts = counts(len(history), len(history) - len(reasons), reasons)
     return stage.artifact
 
 
-def _round_config(config: SelfTrainConfig, number: int, model: str) -> RoundConfig:
+def _round_config(config: SelfTrainConfig, number: int, model: str, first_recall: float | None) -> RoundConfig:
     shared = config.model_dump(exclude={"rounds", "output", "model"})
-    own = {"output": round_ref(config.output, number), "model": model, "round": number}
+    own = {"output": round_ref(config.output, number), "model": model, "round": number, "first_recall": first_recall}
     return RoundConfig.model_validate(shared | own)
 
 
 def _teach_round(config: RoundConfig, cluster: Cluster) -> Artifact:
-    """One round as an artifact and a child run; `kept` in its round.json is False if held-out agreement fell."""
+    """One round as an artifact and a child run; `rejected` in its round.json says why it is not to be gone on from."""
     done = finished(config, cluster)
     if done:
         return done
@@ -99,17 +105,21 @@ def _teach_round(config: RoundConfig, cluster: Cluster) -> Artifact:
         with _embedder(cluster.root, config.model) as teacher:
             pictures = chip_pictures(config, cluster.root, teacher.image_size)
             before = give_lesson(config, teacher, pictures.held_out).labels
+            recall_before = _recall(config, teacher, cluster.root)
             lesson = give_lesson(config, teacher, pictures.train, pictures.possible_BC)
             student = _learn(config, teacher, lesson, stage)
-        after = give_lesson(config, student, pictures.held_out).labels
+        after, recall = give_lesson(config, student, pictures.held_out).labels, _recall(config, student, cluster.root)
+        first_recall = recall_before if config.first_recall is None else config.first_recall
         entry = {
             "round": config.round,
             "held_out_agreement_before": before.agreement,
             "held_out_agreement": after.agreement,
             "labelled_fraction": lesson.labels.labelled_fraction,
-            "kept": not has_fallen(before.agreement_B, after.agreement_B),
+            "mean_recall_before": recall_before,
+            "mean_recall": recall,
+            "rejected": rejection(before.agreement_B, after.agreement_B, first_recall, recall),
         }
-        stage.log({key: float(value) for key, value in entry.items()}, config.round)
+        stage.log({key: float(value) for key, value in entry.items() if isinstance(value, int | float)}, config.round)
         with TemporaryDirectory() as temporary:
             save_model(Path(temporary), student.model, student.tokenizer)
             storage.upload_folder(Path(temporary), stage.artifact.path("model"))
@@ -126,6 +136,22 @@ def has_fallen(before_B: torch.Tensor, after_B: torch.Tensor) -> bool:
     differences_B = (after_B - before_B).double()
     error = float(differences_B.std(correction=1)) / len(differences_B) ** 0.5 if len(differences_B) > 1 else 0.0
     return float(differences_B.mean()) < -2 * error
+
+
+def rejection(
+    before_B: torch.Tensor, after_B: torch.Tensor, first_recall: float | None, recall: float | None
+) -> str | None:
+    """Why a round is not to be gone on from, None if it is."""
+    if has_fallen(before_B, after_B):
+        return "agreement_fell"
+    if recall is not None and first_recall is not None and recall < first_recall - MAX_LOSS:
+        return "recall_fell"
+    return None
+
+
+def _recall(config: RoundConfig, embedder: Embedder, root: str) -> float | None:
+    split = config.validation_split
+    return None if split is None else held_out_recall(embedder, root, config.dataset, split)
 
 
 @contextmanager

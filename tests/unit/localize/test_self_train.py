@@ -15,9 +15,11 @@ from rsplatform.artifacts import Artifact
 from rsplatform.cluster import Cluster
 from rsplatform.config import ConfigError
 from rsplatform.evaluate.run import EvaluateConfig, evaluate
+from rsplatform.localize.forgetting import held_out_recall
 from rsplatform.localize.run import Sought
-from rsplatform.localize.self_train import SelfTrainConfig, has_fallen, round_ref, self_train
+from rsplatform.localize.self_train import SelfTrainConfig, has_fallen, rejection, round_ref, self_train
 from rsplatform.model.embedder import Embedder
+from rsplatform.model.recall import recall_at_k
 from rsplatform.records import CHIP_SCHEMA, SAMPLE_SCHEMA
 from rsplatform.train.guard import DamagedDataError
 
@@ -59,7 +61,8 @@ def course(cluster: Cluster) -> SelfTrainConfig:
     ):
         lance.write_dataset(pa.Table.from_pylist(values, schema=schema), f"{cluster.root}/{ref}/{table}")
         tiny_service.finish(cluster.root, ref)
-    return plain_course().model_copy(update={"rounds": 2, "steps_per_round": 3, "batch_size": 8})
+    small = {"rounds": 2, "steps_per_round": 3, "batch_size": 8, "validation_split": "train"}
+    return plain_course().model_copy(update=small)
 
 
 def test_rounds_are_artifacts_and_stop_when_agreement_falls(cluster: Cluster, course: SelfTrainConfig) -> None:
@@ -67,15 +70,18 @@ def test_rounds_are_artifacts_and_stop_when_agreement_falls(cluster: Cluster, co
     history = storage.read_json(artifact.path("rounds.json"))
     assert 1 <= len(history) <= 2
     for entry in history:
-        assert entry["kept"] or entry["held_out_agreement"] < entry["held_out_agreement_before"]
-    assert all(entry["kept"] for entry in history[:-1])  # the first fall is the last round
+        fell = entry["held_out_agreement"] < entry["held_out_agreement_before"]
+        assert entry["rejected"] != "agreement_fell" or fell
+    assert not any(entry["rejected"] for entry in history[:-1])  # the first fall is the last round
+    first = Embedder.load(Path(cluster.root) / tiny_service.MODEL / "model")
+    assert history[0]["mean_recall_before"] == held_out_recall(first, cluster.root, course.dataset, "train")
     counts = artifact.manifest()["counts"]
     assert counts["inputs"] == counts["kept"] + sum(counts["dropped"].values()) == len(history)
     taught = Embedder.load(artifact.path("model"))
     rounds = [Artifact(cluster.root, round_ref(course.output, entry["round"])) for entry in history]
     models = [tiny_service.MODEL, *(made.ref for made in rounds)]
     assert [made.manifest()["config"]["model"] for made in rounds] == models[:-1]
-    kept = models[sum(entry["kept"] for entry in history)]
+    kept = models[sum(not entry["rejected"] for entry in history)]
     assert taught.model_hash == Embedder.load(Path(cluster.root) / kept / "model").model_hash
     assert not Artifact(cluster.root, round_ref(course.output, len(history) + 1)).is_finished
     parent = artifact.manifest()["mlflow_run_id"]
@@ -83,6 +89,33 @@ def test_rounds_are_artifacts_and_stop_when_agreement_falls(cluster: Cluster, co
         runs = [client.get_run(made.manifest()["mlflow_run_id"]) for made in rounds]
     assert all(run.data.tags["mlflow.parentRunId"] == parent and run.info.status == "FINISHED" for run in runs)
     assert not list(Path(cluster.root).rglob("*mask*"))
+
+
+def test_a_round_is_rejected_for_what_it_lost() -> None:
+    agreement = torch.full((20,), 0.5)
+    assert rejection(agreement, agreement, None, None) is None
+    assert rejection(agreement, agreement - 0.1, 5.0, 9.0) == "agreement_fell"
+    assert (
+        rejection(agreement, agreement, 5.0, 4.01) is None
+        and rejection(agreement, agreement, 5.0, 3.99) == "recall_fell"
+    )
+
+
+def test_held_out_recall_is_that_of_a_split(cluster: Cluster, course: SelfTrainConfig) -> None:
+    embedder = Embedder.load(Path(cluster.root) / tiny_service.MODEL / "model")
+    samples = lance.dataset(f"{cluster.root}/dataset/plain/v1/samples.lance").to_table().to_pylist()
+    names = ["a stadium", "harbour and water", "a field", "a road"]
+    few = [sample | {"captions": [names[n], f"no {names[n]}"], "split": "val"} for n, sample in enumerate(samples[:4])]
+    table = pa.Table.from_pylist(few, schema=SAMPLE_SCHEMA)
+    lance.write_dataset(table, f"{cluster.root}/dataset/few/v1/samples.lance")
+    tiny_service.finish(cluster.root, "dataset/few/v1")
+    rows = lance.dataset(f"{cluster.root}/chips/plain/v1/chips.lance").to_table().to_pylist()
+    images_ID = embedder.embed_images([rows[sample["row"]]["image"] for sample in few])
+    texts_TD = embedder.embed_texts([text for sample in few for text in sample["captions"]])
+    expected = recall_at_k(images_ID, texts_TD, [0, 0, 1, 1, 2, 2, 3, 3])["mean_recall"]
+    assert held_out_recall(embedder, cluster.root, "dataset/few/v1", "val") == expected
+    with pytest.raises(ConfigError, match="no samples in split 'test'"):
+        held_out_recall(embedder, cluster.root, "dataset/few/v1", "test")
 
 
 @pytest.mark.parametrize("number", [4, 100, 1000])
@@ -135,7 +168,12 @@ def test_a_failed_round_is_told_as_it_failed(
 
     monkeypatch.setattr(tracking.Run, "end", broken)
     with pytest.raises(DamagedDataError, match="decoded"):
-        self_train(course.model_copy(update={"output": "model/taught/v4", "dataset": "dataset/dark/v1"}), cluster)
+        self_train(
+            course.model_copy(
+                update={"output": "model/taught/v4", "dataset": "dataset/dark/v1", "validation_split": None}
+            ),
+            cluster,
+        )
 
 
 def test_no_mask_is_read(cluster: Cluster, course: SelfTrainConfig) -> None:
