@@ -18,6 +18,9 @@ MAX_K = 100
 MAX_TEXTS = 16
 MAX_UNWANTED = 8
 MAX_IMAGES = 16
+# How a heatmap begins that comes with its answer, because no link could ask for it again.
+INLINE_PNG = "data:image/png;base64,"
+HEATMAP_URL = "Made when it is asked for; that of an uploaded picture is a data: URL, and there only with `localize`"
 MAX_TEXT_CHARACTERS = 512
 MAX_IMAGE_CHARACTERS = 8 * 2**20
 MAX_IMAGE_PIXELS = 32 * 10**6
@@ -145,7 +148,7 @@ class SearchResult(BaseModel):
     caption: str
     kinds: list[str]
     thumbnail_url: str
-    heatmap_url: str | None = Field(default=None, description="Made when it is asked for; null for an uploaded picture")
+    heatmap_url: str | None = Field(default=None, description=HEATMAP_URL)
     spot: Spot | None = Field(default=None, description="Where in the chip; only with localize: true")
 
 

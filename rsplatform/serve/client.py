@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 from pydantic import BaseModel
 
-from rsplatform.serve.api import Health, SearchResponse, Stats
+from rsplatform.serve.api import INLINE_PNG, Health, SearchResponse, Stats
 from rsplatform.serve.api_pictures import CaptionResponse, EmbedResponse, LocalizeResponse
 from rsplatform.serve.predict import PredictResponse
 
@@ -87,8 +87,10 @@ class Client:
         """Bytes behind a thumbnail_url or heatmap_url of an answer, or of a tile; empty where a tile has no pixels.
 
         Raises:
-            ValueError: not a path of this server.
+            ValueError: not a path of this server, nor a heatmap that came with its answer.
         """
+        if url.startswith(INLINE_PNG):
+            return base64.b64decode(url.removeprefix(INLINE_PNG), validate=True)
         if not url.startswith("/") or url.startswith("//"):
             raise ValueError(f"expected a path of this server such as /chips/ID.jpg, got {url!r}")
         response = self._send("GET", url)

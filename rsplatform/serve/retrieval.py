@@ -4,6 +4,7 @@ In: an API request and its query vector. Out: hits and API results. It encodes p
 a chip the answer is, is localization.py's work.
 """
 
+import base64
 import hashlib
 import math
 from collections.abc import Sequence
@@ -21,10 +22,10 @@ from rsplatform.index.embed import load_embedder
 from rsplatform.index.filters import SearchFilter, parse_interval
 from rsplatform.index.store import ChipIndex, Hit
 from rsplatform.model.preprocess import read_square
-from rsplatform.serve.api import MAX_IMAGE_PIXELS, SearchRequest, SearchResult, Spot, image_bytes
+from rsplatform.serve.api import INLINE_PNG, MAX_IMAGE_PIXELS, SearchRequest, SearchResult, Spot, image_bytes
 from rsplatform.serve.catalogue import Place, box, corners, read_catalogue
 from rsplatform.serve.chip_pictures import ChipPictures
-from rsplatform.serve.localization import Peak
+from rsplatform.serve.localization import Peak, find_peak, heatmap_png
 
 
 class Retrieval:
@@ -135,6 +136,14 @@ def rfc3339(time: datetime) -> str:
 def known_m(hit: Hit) -> float:
     """Metres a pixel of a chip as its index knows them; NaN where it knows none."""
     return math.nan if hit.ground_sample_distance_m is None else hit.ground_sample_distance_m
+
+
+def looked_at(scores_HW: np.ndarray, place: Place | None, is_inline: bool) -> dict[str, Any]:
+    """What a map of a hit adds to its result. `is_inline`: the heatmap itself, where no link can ask for it again."""
+    added: dict[str, Any] = {"spot": spot(find_peak(scores_HW), place)}
+    if is_inline:
+        added["heatmap_url"] = INLINE_PNG + base64.b64encode(heatmap_png(scores_HW)).decode()
+    return added
 
 
 def spot(peak: Peak, place: Place | None) -> Spot:

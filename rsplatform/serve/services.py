@@ -14,7 +14,7 @@ import numpy as np
 from rasterio.errors import RasterioIOError
 
 from rsplatform.index.store import Hit
-from rsplatform.serve.api import MAX_IMAGES, ReadAs, SearchRequest, SearchResponse, Spot
+from rsplatform.serve.api import MAX_IMAGES, ReadAs, SearchRequest, SearchResponse
 from rsplatform.serve.api_pictures import (
     CaptionRequest,
     CaptionResponse,
@@ -31,7 +31,7 @@ from rsplatform.serve.pictures import Decoding, Picture, scene_picture, sent_pic
 from rsplatform.serve.predict import PredictRequest, PredictResponse, predictions
 from rsplatform.serve.query import Query, query_vector, read_query
 from rsplatform.serve.record import stage
-from rsplatform.serve.retrieval import Retrieval, known_m, spot
+from rsplatform.serve.retrieval import Retrieval, known_m, looked_at, spot
 from rsplatform.serve.tiles import Tiles
 from rsplatform.serve.vision import Described, LocalVisionWork, VisionWork
 
@@ -70,8 +70,8 @@ class Services:
             hits = await asyncio.to_thread(self.retrieval.search, request, vector_E)
         results = [self.retrieval.result(hit, request, self.version) for hit in hits]
         if request.localize and hits:
-            spots = await self._spots(hits, vector_E)
-            results = [each.model_copy(update={"spot": spots.get(each.chip_id)}) for each in results]
+            seen = await self._looked_at(hits, vector_E, is_inline=request.image is not None)
+            results = [each.model_copy(update=seen.get(each.chip_id, {})) for each in results]
         read_as = ReadAs(wanted=list(read.wanted), unwanted=list(read.unwanted))
         return SearchResponse(results=results, read_as=read_as, model_hash=self.model_hash)
 
@@ -179,15 +179,15 @@ class Services:
         except KeyError:
             raise _no_chip(chip_id) from None
 
-    async def _spots(self, hits: list[Hit], vector_E: np.ndarray) -> dict[str, Spot]:
-        """Where in each hit the answer is, by its id; a picture that is gone has no spot."""
+    async def _looked_at(self, hits: list[Hit], vector_E: np.ndarray, is_inline: bool) -> dict[str, dict[str, Any]]:
+        """What a look at each hit adds to its result, by its id; a picture that is gone adds nothing."""
         images = await self._chip_images(hits)
         seen = [(image, hit) for image, hit in zip(images, hits, strict=True) if image is not None]
         maps = await self._maps([Look(image, vector_E[None], known_m(hit)) for image, hit in seen])
         place_of = self.retrieval.catalogue.place_of
 
-        def found() -> dict[str, Spot]:
-            return {hit.id: spot(find_peak(m[0]), place_of(hit)) for m, (_, hit) in zip(maps, seen, strict=True)}
+        def found() -> dict[str, dict[str, Any]]:
+            return {hit.id: looked_at(m[0], place_of(hit), is_inline) for m, (_, hit) in zip(maps, seen, strict=True)}
 
         return await asyncio.to_thread(found)  # a hundred peaks would hold up everybody's bodies
 

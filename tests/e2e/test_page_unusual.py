@@ -116,10 +116,11 @@ def test_of_many_scenes_only_those_nearest_to_the_middle_of_the_view_load_tiles(
     assert (far_tiled, far_rest) == ([20], [21])
 
 
-def test_a_question_by_picture_says_why_its_peak_has_no_heatmap(page: Any, world: PageWorld) -> None:
+def test_a_question_by_picture_shows_its_heatmap_too(page: Any, world: PageWorld) -> None:
+    """It comes with the answer, as no address could ask for it again: over the card and on the map."""
     page.set_input_files("#picture", f"{world.cluster.data_root}/photos/bright.jpg")
-    page.wait_for_selector("#results:not([aria-busy]) .card.selected")
-    assert page.locator(".note").count() == page.locator(".card.selected .note").count() == 1
-    page.locator(".card.selected .more").click()
-    page.wait_for_selector(".thumb .heat")
-    assert page.locator(".note").count() == 0
+    page.wait_for_selector("#results:not([aria-busy]) .card")
+    page.locator(".card:not(:has(.placeless)) .open >> nth=0").click()
+    page.wait_for_function("() => document.querySelector('.card.selected .heat')?.naturalWidth > 0")
+    page.wait_for_selector("#overlay:not([hidden])")
+    assert page.locator("#error:not([hidden])").count() == 0

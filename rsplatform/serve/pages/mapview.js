@@ -150,7 +150,7 @@ export class MapView {
     if (!result?.bounds_lonlat) return;
     map.setFeatureState({ source: "results", id: this.selected }, { selected: true });
     if (result.heatmap_url) {
-      map.addSource("heatmap", { type: "image", url: location.origin + result.heatmap_url, coordinates: result.corners_lonlat });
+      map.addSource("heatmap", { type: "image", url: new URL(result.heatmap_url, location.origin).href, coordinates: result.corners_lonlat });
       const paint = { "raster-opacity": this.opacity, "raster-fade-duration": 0 };
       map.addLayer({ id: "heatmap", type: "raster", source: "heatmap", paint }, "footprints");
     }

@@ -52,20 +52,16 @@ export function showResults(list, results, actions) {
   list.replaceChildren(...results.map((result, index) => card(result, index, actions)));
 }
 
-// A question by picture has no heatmap that could be asked for again by an address; its peak is known.
-const NO_HEATMAP = "The ring marks the best spot. For a heatmap ask in words, or for “More like this”.";
-
-// Marks the chosen card and lays its heatmap over the thumbnail, or says why there is none.
+// Marks the chosen card and lays its heatmap over the thumbnail.
 export function selectCard(list, result) {
   for (const item of list.children) {
     const isChosen = item.dataset.chip === result?.chip_id;
     item.classList.toggle("selected", isChosen);
     item.querySelector(".open").setAttribute("aria-current", String(isChosen));
-    for (const node of item.querySelectorAll(".heat, .note")) node.remove();
+    for (const node of item.querySelectorAll(".heat")) node.remove();
     if (!isChosen) continue;
     item.scrollIntoView({ block: "nearest" });
     if (result.heatmap_url) item.querySelector(".thumb").append(picture("heat", result.heatmap_url));
-    else if (result.spot) item.querySelector(".more").before(element("p", "note muted", NO_HEATMAP));
   }
 }
 

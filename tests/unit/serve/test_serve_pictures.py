@@ -1,8 +1,12 @@
 """Every form of /v1/localize over every picture it takes, what /v1/caption says, and names that are no names."""
 
+import base64
+import io
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_serve_http import CHIP, app, picture, post, request, retrieval
 from tiny_service import HOSTILE_CAPTION, SCENE
 
@@ -33,6 +37,20 @@ def test_every_picture_gives_every_output(app: Any, retrieval: Retrieval, kind: 
     else:
         assert [item["text"] for item in answer[OUTPUTS[output]]] == TEXTS
     assert (answer["corners_lonlat"] is None) == (kind == "image")
+
+
+def test_a_question_by_picture_brings_its_heatmaps_along(app: Any) -> None:
+    """The same as a link gives where the picture is that of a chip; without `localize` there are none."""
+    sent = base64.b64encode(request(app, "GET", f"/chips/{CHIP}.jpg").content).decode()
+    (plain,) = post(app, "/v1/search", {"image": sent, "k": 1}).json()["results"]
+    assert plain["heatmap_url"] is None and plain["spot"] is None
+    (seen,) = post(app, "/v1/search", {"image": sent, "k": 1, "localize": True}).json()["results"]
+    assert seen["chip_id"] == CHIP and seen["spot"]
+    own = request(app, "GET", f"/heatmaps/{CHIP}.png?like={CHIP}").content
+    kind, _, data = seen["heatmap_url"].partition(",")
+    assert kind == "data:image/png;base64"
+    found, expected = (np.asarray(Image.open(io.BytesIO(each))).astype(int) for each in (base64.b64decode(data), own))
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= 8  # float16 in the index
 
 
 def test_a_caption_is_the_models_own_and_not_the_stored_one(app: Any, retrieval: Retrieval) -> None:
