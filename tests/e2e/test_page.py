@@ -3,17 +3,15 @@
 import hashlib
 import io
 import re
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from page_browser import opened, search
 from page_world import COAST, LANDMARK_CHIP, LANDMARK_KIND, PageWorld, centre_px
 from PIL import Image
 from tiny_service import GSD_M, SCENE
+from uvicorn_server import on_uvicorn
 
 from rsplatform.serve.guard import Guarded
 from rsplatform.serve.retrieval import Retrieval
@@ -218,13 +216,8 @@ def locked_url(world: PageWorld) -> Iterator[str]:
     """The same application with an API key, on uvicorn."""
     retrieval = Retrieval(world.cluster, world.model, world.index, world.chips)
     guarded = Guarded(2_000_000, 5, (hashlib.sha256(b"open-sesame").hexdigest(),))
-    server = uvicorn.Server(uvicorn.Config(build_app(local_services(retrieval), guarded), log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with on_uvicorn(build_app(local_services(retrieval), guarded)) as url:
+        yield url
 
 
 def test_where_a_key_is_asked_for_the_page_sends_it_with_every_picture(browser: Any, locked_url: str) -> None:

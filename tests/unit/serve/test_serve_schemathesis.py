@@ -1,15 +1,13 @@
 """Schemathesis over openapi.json against a real HTTP server: no server error, no answer but those documented."""
 
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from test_serve_openapi import OPERATIONS
 from tiny_service import CHIPS, INDEX, MODEL, make_all, tiny_cluster
+from uvicorn_server import on_uvicorn
 
 from rsplatform.serve.guard import Guarded
 from rsplatform.serve.retrieval import Retrieval
@@ -27,13 +25,8 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = str(tmp_path_factory.mktemp("served") / "artifacts")
     make_all(root)
     app = build_app(local_services(Retrieval(tiny_cluster(root), MODEL, INDEX, CHIPS)), Guarded(2_000_000, 5))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with on_uvicorn(app) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
